@@ -1,0 +1,1 @@
+"""factlens: where a language model stores a fact, and what happens when it is changed there."""

@@ -1,0 +1,190 @@
+"""What the corrupted runs start from: noise on the subject's token embeddings, and how strong it is.
+
+Every rule gives an additive `Noise` in float64, `[sample, subject_pos, d_model]`: Gaussian (ROME, Section 2.1), the
+official code's own draws, uniform (its appendix), and the embeddings of another subject of the same length, which is
+symmetric token replacement (Zhang & Nanda, 2023).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from factlens import models
+from factlens.configs import config_for
+from factlens.errors import PlanError
+from factlens.facts import bundled_subjects
+from factlens.fingerprints import fingerprint
+from factlens.models import Model
+from factlens.types import Noise
+
+RULES = ("gaussian", "uniform", "rome", "replace:<other subject>")
+SIGMAS = 3.0
+"""The noise level in standard deviations of the subjects' embeddings (ROME, footnote to Section 2.1)."""
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """Standard deviation (Gaussian) or half width (uniform) of the noise, and where the number comes from."""
+
+    value: float
+    source: str
+
+
+def fact_seed(seed: int, prompt: str, subject: str) -> int:
+    """A seed for one fact's draws that depends on nothing else: sha256, not Python's salted `hash`."""
+    text = f"{seed}\0{prompt}\0{subject}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+
+
+def draw(
+    rule: str, level: float, shape: tuple[int, int, int], seed: int
+) -> Float[Tensor, "sample subject_pos d_model"]:
+    """Noise of `shape` in float64.
+
+    "rome" repeats the official code: a fresh `RandomState(1)` for every trace, sample-major, so every fact with as
+    many subject tokens sees the same draws.
+
+    Raises:
+        PlanError: an unknown rule.
+    """
+    if rule == "rome":
+        return torch.from_numpy(np.random.RandomState(1).randn(*shape) * level)
+    generator = np.random.default_rng(seed)
+    if rule == "gaussian":
+        return torch.from_numpy(generator.standard_normal(shape) * level)
+    if rule == "uniform":
+        return torch.from_numpy(generator.uniform(-level, level, shape))
+    raise PlanError(f"no noise rule {rule!r}; there are {', '.join(RULES)}")
+
+
+def replacement(model: Model, prompt_ids: Tensor, subject: tuple[int, int], other: str) -> Noise:
+    """The noise that turns the subject's embeddings into those of `other`: one sample, no randomness.
+
+    Raises:
+        PlanError: `other` has another number of tokens, with and without a leading space.
+    """
+    begin, end = subject
+    tokenizer = models.tokenizer(model)
+    forms = [f" {other}", other] if begin else [other, f" {other}"]
+    tried = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
+    fitting = [ids for ids in tried if len(ids) == end - begin]
+    if not fitting:
+        raise PlanError(
+            f"the replacement {other!r} has {len(tried[0])} tokens and the subject {end - begin}; "
+            "symmetric replacement needs a subject of the same length"
+        )
+    swapped = prompt_ids.clone()
+    swapped[0, begin:end] = torch.tensor(fitting[0])
+    own, others = (models.token_embeddings(model, ids).double() for ids in (prompt_ids, swapped))
+    return (others - own)[:, begin:end].cpu()
+
+
+def noise_for(
+    model: Model,
+    ids: Tensor,
+    subject: tuple[int, int],
+    *,
+    rule: str,
+    level: float,
+    samples: int,
+    seed: int,
+) -> Noise:
+    """The noise of one prompt under `rule`; `seed` is the fact's own (`fact_seed`)."""
+    if rule.startswith("replace:"):
+        return replacement(model, ids, subject, rule.removeprefix("replace:"))
+    return draw(rule, level, (samples, subject[1] - subject[0], models.cfg(model).d_model), seed)
+
+
+def spread(
+    noise: Noise, subject: tuple[int, int], length: int, clean_rows: int
+) -> Float[Tensor, "row pos d_model"]:
+    """Noise for a whole batch: zero in the first `clean_rows` rows and outside the subject."""
+    full = torch.zeros(clean_rows + noise.shape[0], length, noise.shape[2], dtype=noise.dtype)
+    full[clean_rows:, subject[0] : subject[1]] = noise
+    return full
+
+
+# -- the level -------------------------------------------------------------------------------------
+
+
+def measure_level(model: Model, subjects: Sequence[str]) -> float:
+    """3 sigma over all entries of the token embeddings of `subjects`, each tokenized alone (ROME's code)."""
+    tokenizer = models.tokenizer(model)
+    ids = [i for s in subjects for i in tokenizer(s, add_special_tokens=False)["input_ids"]]
+    # One embedding per distinct token, weighted by its count: subjects share most of theirs.
+    tokens, counts = torch.tensor(ids).unique(return_counts=True)
+    context = int(models.cfg(model).n_ctx)
+    rows = torch.cat(
+        [models.token_embeddings(model, part[None])[0].double().cpu() for part in tokens.split(context)]
+    )
+    weights = counts.double()[:, None] * torch.ones(rows.shape[1], dtype=torch.float64)
+    total = weights.sum()
+    mean = (weights * rows).sum() / total
+    return SIGMAS * float((((weights * (rows - mean) ** 2).sum() / (total - 1)) ** 0.5))
+
+
+def noise_level(
+    model: Model, given: float | str | None = None, subjects: Sequence[str] = ()
+) -> NoiseLevel:
+    """The level that belongs to the model, so that a fact gets the same number alone as among a thousand.
+
+    A number is taken as it is; "facts" measures 3 sigma over `subjects` (the paper's rule); None takes the config's
+    number for this model's name, else 3 sigma over the bundled subjects, kept by the model's fingerprint.
+
+    Raises:
+        PlanError: a negative number, or another word than "facts".
+    """
+    if given == "facts":
+        return NoiseLevel(
+            measure_level(model, subjects), f"3 sigma over the {len(subjects)} subjects given"
+        )
+    if isinstance(given, str):
+        raise PlanError(f"noise_level is a number, 'facts' or None, not {given!r}")
+    if given is not None:
+        if not given >= 0:
+            raise PlanError(f"a noise level is at least 0, not {given}")
+        return NoiseLevel(float(given), "given")
+    config = config_for(models.model_name(model))
+    if config is not None and config.trace.noise_level is not None:
+        source = config.trace.noise_source or "no source stated"
+        return NoiseLevel(config.trace.noise_level, f"configs/{config.name}.yaml: {source}")
+    return NoiseLevel(_bundled_level(model), "3 sigma over the bundled subjects")
+
+
+def _bundled_level(model: Model) -> float:
+    subjects = bundled_subjects()
+    digest = hashlib.sha256("\0".join([fingerprint(model), *subjects]).encode()).hexdigest()
+    cache = cache_folder() / "noise" / f"{digest[:32]}.json"
+    with_cache = _read_level(cache)
+    if with_cache is not None:
+        return with_cache
+    level = measure_level(model, subjects)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({"noise_level": level}), encoding="utf-8")
+        partial.replace(cache)
+    except OSError:  # A cache that cannot be written costs a second each time, not the result.
+        pass
+    return level
+
+
+def _read_level(path: Path) -> float | None:
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["noise_level"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def cache_folder() -> Path:
+    """Where small things that can be recomputed are kept: `$XDG_CACHE_HOME/factlens`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "factlens"

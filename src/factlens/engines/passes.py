@@ -1,0 +1,199 @@
+"""Cutting a plan's cells into fork passes: which positions run together, and how much fits in memory."""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import psutil
+import torch
+
+from factlens import models
+from factlens.models import Model
+from factlens.plans import window_layers
+
+BLOCK_OVERHEAD_FLOPS = {"cpu": 2e8, "cuda": 1e10}
+"""What starting one more block costs, in FLOPs that the machine could have done meanwhile: reading weights and
+launching kernels. It decides whether neighbouring positions share a pass."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """S rows of a fork pass (one run per noise sample), and the cells that they answer.
+
+    Window cells of one position that are cut at layer 0 share a line until the first ends: `ends` holds, for each
+    cell, the layer after its last restored one. A state is a window that is over as soon as it starts.
+    """
+
+    kind: str
+    severed: str
+    position: int
+    first: int
+    """The block at whose output the line forks."""
+    ends: tuple[int, ...]
+    rows_of_cells: tuple[int, ...]
+    """Where the results go: numbers of rows of the plan."""
+
+    def restores(self, kind: str, layer: int) -> bool:
+        """Whether the clean output of `kind` goes in at `layer`. The first layer's is in the forked state already."""
+        return self.kind == kind and self.first < layer < self.ends[0]
+
+    def severs(self, kind: str) -> bool:
+        """Whether outputs of `kind` are frozen at their corrupted values."""
+        return self.severed in (kind, "both")
+
+    def touches(self, kind: str, layer: int) -> bool:
+        """Whether the outputs of `kind` at `layer` are replaced."""
+        return layer > self.first and (self.restores(kind, layer) or self.severs(kind))
+
+    def split_at(self, layer: int) -> "tuple[Line, Line] | None":
+        """After `layer`: the cells whose window ended there, and those that go on; None if all do the same."""
+        if self.ends[0] == self.ends[-1] or self.ends[0] != layer + 1:
+            return None
+        leaving = sum(end == layer + 1 for end in self.ends)
+        return self._part(0, leaving), self._part(leaving, len(self.ends))
+
+    def _part(self, begin: int, end: int) -> "Line":
+        rows = self.rows_of_cells[begin:end]
+        return replace(self, ends=self.ends[begin:end], rows_of_cells=rows)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Lines that run together, over the positions from `start` on."""
+
+    start: int
+    lines: tuple[Line, ...]
+
+    def halves(self) -> "list[Pass]":
+        """Two passes of half the lines each, low layers first; none if there is nothing to halve."""
+        if len(self.lines) < 2:
+            return []
+        lines = sorted(self.lines, key=lambda line: line.first)
+        middle = len(lines) // 2
+        return [_pass(lines[:middle]), _pass(lines[middle:])]
+
+
+def _pass(lines: list[Line]) -> Pass:
+    return Pass(min(line.position for line in lines), tuple(lines))
+
+
+def lines_of(cells: pd.DataFrame, n_layers: int) -> list[Line]:
+    """The fewest lines that answer `cells`: one for each distinct run, windows that start together sharing one."""
+    found: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
+    for row, cell in cells.iterrows():
+        if cell["kind"] == "state":
+            first, end = int(cell["layer"]), int(cell["layer"]) + 1
+        else:
+            layers = window_layers(int(cell["layer"]), int(cell["window"]), n_layers)
+            first, end = layers.start, layers.stop
+        alone = end == first + 1  # Over when it starts: nothing to share, and no block in which to split.
+        key = (cell["kind"], cell["severed"], int(cell["position"]), first, alone)
+        found[key].append((end, int(row)))  # type: ignore[call-overload]
+    lines = []
+    for (kind, severed, position, first, _), members in found.items():
+        members.sort()
+        ends, rows = zip(*members, strict=True)
+        lines.append(Line(kind, severed, position, first, ends, rows))
+    return lines
+
+
+def cut_into_passes(
+    model: Model,
+    cells: pd.DataFrame,
+    length: int,
+    samples: int,
+    keep: int,
+    budget: int | None = None,
+) -> list[Pass]:
+    """Cut `cells` into passes: positions grouped for the least work, each pass within `budget` bytes.
+
+    One pass per position runs the fewest tokens; neighbours are joined where the tokens saved cost less than starting
+    every block once more (late positions, small models).
+    """
+    lines = lines_of(cells, models.n_layers(model))
+    allowed = free_memory(model) // 2 if budget is None else budget
+    queue = [
+        _pass(group)
+        for group in _group_positions(lines, length, samples, _block_flops(model), _overhead(model))
+    ]
+    fitting: list[Pass] = []
+    while queue:
+        part = queue.pop(0)
+        halves = part.halves()
+        if halves and pass_bytes(model, part, length, samples, keep) > allowed:
+            queue = [*halves, *queue]
+        else:
+            fitting.append(part)
+    return fitting
+
+
+def _group_positions(
+    lines: list[Line], length: int, samples: int, block_flops: float, overhead: float
+) -> list[list[Line]]:
+    """Contiguous groups of positions of least cost, by dynamic programming from the last position back."""
+    at: dict[int, list[Line]] = defaultdict(list)
+    for line in lines:
+        at[line.position].append(line)
+    positions = sorted(at)
+    depth = 1 + max((line.ends[-1] for line in lines), default=0)
+    # Blocks run by the lines of each position; a shared line counts once more for each of its ends.
+    work = [
+        sum(depth - line.first - 1 + len(set(line.ends)) - 1 for line in at[p]) for p in positions
+    ]
+    best: list[tuple[float, int]] = [(0.0, 0)] * (len(positions) + 1)
+    for begin in range(len(positions) - 1, -1, -1):
+        tokens = length - positions[begin]
+        options = [
+            (
+                depth * overhead
+                + sum(work[begin:end]) * samples * tokens * block_flops
+                + best[end][0],
+                end,
+            )
+            for end in range(begin + 1, len(positions) + 1)
+        ]
+        best[begin] = min(options)
+    groups, begin = [], 0
+    while begin < len(positions):
+        end = best[begin][1]
+        groups.append([line for p in positions[begin:end] for line in at[p]])
+        begin = end
+    return groups
+
+
+def _block_flops(model: Model) -> float:
+    """FLOPs of one block for one token: two for each weight of its matrices."""
+    return 2.0 * block_weights(model)
+
+
+def block_weights(model: Model) -> int:
+    """Entries of the matrices of one block: attention's four and the MLP's two or three."""
+    config = models.cfg(model)
+    d_model, d_mlp = int(config.d_model), int(config.d_mlp)
+    kv_heads = getattr(config, "n_key_value_heads", None) or config.n_heads
+    attention = d_model * int(config.d_head) * 2 * (int(config.n_heads) + int(kv_heads))
+    return attention + d_model * d_mlp * (3 if getattr(config, "gated_mlp", False) else 2)
+
+
+def _overhead(model: Model) -> float:
+    return BLOCK_OVERHEAD_FLOPS["cpu" if models.device_of(model).type == "cpu" else "cuda"]
+
+
+def pass_bytes(model: Model, part: Pass, length: int, samples: int, keep: int) -> int:
+    """Memory at the widest point of a pass: a block's activations, or the logits."""
+    config = models.cfg(model)
+    runs = sum(len(set(line.ends)) for line in part.lines) * samples
+    # The MLP's hidden layer before, in and after its activation; the stream, its norm, queries, keys and values.
+    width = 4 * int(config.d_mlp) + 12 * int(config.d_model)
+    block = runs * (length - part.start) * width * models.dtype_of(model).itemsize
+    logits = runs * keep * int(config.d_vocab) * (models.dtype_of(model).itemsize + 4)
+    return max(block, logits)
+
+
+def free_memory(model: Model) -> int:
+    """Bytes that are free where the model runs."""
+    device = models.device_of(model)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,77 @@
+"""What every engine is given and gives back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from factlens.types import Logits, Noise, Tokens
+
+METRICS = ("prob", "logprob", "logit_diff")
+"""The measured quantities, in the order of the `metric` axis: the answer's probability, its log, and its logit minus
+the foil's (NaN without a foil)."""
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How much the model says the answer: from the logits at the last `keep` positions.
+
+    `answer` has one token (the paper) or several, teacher-forced: the product of their probabilities. Softmax is in
+    float32 whatever the model's type.
+    """
+
+    answer: Int[Tensor, " keep"]
+    foil: int | None = None
+
+    @property
+    def keep(self) -> int:
+        """At how many last positions the logits are read."""
+        return int(self.answer.shape[0])
+
+    def __call__(self, logits: Logits) -> Float[Tensor, "row metric"]:
+        """`METRICS` of each row; `logits` may hold more positions than are read."""
+        logits = logits[:, -self.keep :]
+        answer = self.answer.to(logits.device)
+        picked = logits.gather(2, answer[None, :, None].expand(logits.shape[0], -1, 1))[..., 0]
+        # Not log_softmax: that would write a second tensor as large as the logits.
+        total = torch.logsumexp(logits.float(), dim=-1)
+        logprob = (picked.float() - total).sum(dim=-1)
+        if self.foil is None:
+            margin = torch.full_like(logprob, torch.nan)
+        else:
+            margin = (picked[:, 0] - logits[:, 0, self.foil]).float()
+        return torch.stack([logprob.exp(), logprob, margin], dim=-1).cpu()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt to be traced."""
+
+    tokens: Tokens
+    """One row; it ends with all but the last token of a multi-token answer."""
+    subject: tuple[int, int]
+    noise: Noise
+    cells: pd.DataFrame
+    """The plan; results come in its order."""
+    readout: Readout
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an engine measured, in units of `METRICS`."""
+
+    clean: Float[Tensor, " metric"]
+    corrupted: Float[Tensor, "sample metric"]
+    restored: Float[Tensor, "cell sample metric"]
+    prefix_reuse: bool = False
+
+
+Progress = Callable[[int, int], None]
+"""Told (cells done, cells in all)."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody."""

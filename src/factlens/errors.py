@@ -1,0 +1,69 @@
+"""Everything factlens refuses, each with what was wrong, with which value, and what to do.
+
+    FactlensError
+    ├── FactError (ValueError)            a fact or a prompt that cannot be used
+    │   ├── SubjectNotFound               the subject does not occur in the prompt
+    │   └── PromptTooLong                 more tokens than the model has positions
+    ├── FactFileError (ValueError)        a file of facts with a bad row or column
+    ├── PlanError (ValueError)            an unknown kind, window, severing, site, noise or metric
+    ├── ConfigError (ValueError)          a configuration with unknown or impossible keys
+    ├── ModelNotFound (LookupError)       no such model, folder, or no network to fetch it
+    ├── ModelUnsupported (TypeError)      a model without the hook points that are needed
+    ├── TraceFileError (ValueError)       a stored trace that is corrupt or not a trace
+    ├── DownloadError (OSError)           a file that cannot be fetched, or is not what was expected
+    └── OutputError (OSError)             a place that cannot be written
+
+`FactWarning` marks what is worth saying once and no reason to stop.
+"""
+
+
+class FactlensError(Exception):
+    """Base of every error that factlens raises on purpose."""
+
+
+class FactError(FactlensError, ValueError):
+    """A fact or a prompt that cannot be used."""
+
+
+class SubjectNotFound(FactError):
+    """The subject does not occur, verbatim, in the prompt."""
+
+
+class PromptTooLong(FactError):
+    """The prompt has more tokens than the model has positions."""
+
+
+class FactFileError(FactlensError, ValueError):
+    """A file of facts that cannot be read as such; the message names the row."""
+
+
+class PlanError(FactlensError, ValueError):
+    """Something to trace that does not exist: a kind, window, severing, site, noise or metric."""
+
+
+class ConfigError(FactlensError, ValueError):
+    """A configuration with unknown or impossible keys."""
+
+
+class ModelNotFound(FactlensError, LookupError):
+    """No such model, or no way to fetch it."""
+
+
+class ModelUnsupported(FactlensError, TypeError):
+    """A model without the hook points that are needed."""
+
+
+class TraceFileError(FactlensError, ValueError):
+    """A stored trace that is corrupt, or no trace at all."""
+
+
+class DownloadError(FactlensError, OSError):
+    """A file that cannot be fetched, or whose checksum is not the expected one."""
+
+
+class OutputError(FactlensError, OSError):
+    """A place that cannot be written."""
+
+
+class FactWarning(UserWarning):
+    """Something a user should know about a fact; the trace goes on."""

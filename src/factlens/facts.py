@@ -1,0 +1,199 @@
+"""Facts and where they come from: the bundled tables, the official `known_1000.json`, and users' own files."""
+
+import csv
+import hashlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from factlens import atlas
+from factlens.errors import DownloadError, FactError, FactFileError, OutputError
+
+KNOWN_1000_URL = "https://rome.baulab.info/data/dsets/known_1000.json"
+KNOWN_1000_SHA256 = "4f8726c03a8fa5b1b4ee18cd0f3efd0554c3f5f72f019f00d5bb7d941d0d1d42"
+
+COLUMNS = ("prompt", "subject", "object", "relation", "id")
+"""Of a user's file; the first two are required."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A prompt that ends where the object begins, as in ROME, Section 2: (subject, relation, object).
+
+    `object` is without its leading space; None traces whatever the model ranks first. `relation` and `id` are
+    labels that results carry along.
+    """
+
+    prompt: str
+    subject: str
+    object: str | None = None
+    relation: str | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject"):
+            if not isinstance(getattr(self, name), str):
+                raise FactError(f"a fact's {name} must be text, not {getattr(self, name)!r}")
+
+
+def bundled_facts(split: str = "held", *, one_per_fact: bool = False) -> list[Fact]:
+    """The facts that ship with factlens, in templates of `split` ("train" or "held").
+
+    "held" are sentences that the bundled model was not trained on. `one_per_fact` keeps the first template of each
+    fact instead of all.
+    """
+    found: list[Fact] = []
+    seen: set[tuple[str, str]] = set()
+    for each in atlas.statements(split):
+        key = (each.relation, each.subject.lower())
+        if one_per_fact and key in seen:
+            continue
+        seen.add(key)
+        identity = f"{each.relation}/{each.subject}/{len(found)}"
+        found.append(Fact(each.prompt, each.subject, each.object, each.relation, identity))
+    return found
+
+
+def bundled_subjects() -> list[str]:
+    """The subjects of the bundled facts, each once: real names, over which noise levels are measured."""
+    return list(dict.fromkeys(each.subject for each in atlas.statements("held")))
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def read_facts(path: str | Path) -> list[Fact]:
+    """Read facts from a file: `.json` (the official known_1000 form), `.jsonl` or `.csv`.
+
+    CSV and JSONL rows have `prompt` and `subject`, and may have `object`, `relation`, `id`. A `{}` in the prompt
+    stands for the subject.
+
+    Raises:
+        FactFileError: with the row's number, what is wrong in it, and what was expected.
+    """
+    path = Path(path)
+    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    if path.suffix.lower() not in readers:
+        raise FactFileError(f"{path} is none of {', '.join(readers)}; facts are read from those")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FactFileError(f"cannot read the facts {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise FactFileError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    facts = [_fact(row, where) for where, row in readers[path.suffix.lower()](text, path)]
+    if not facts:
+        raise FactFileError(f"{path} holds no facts")
+    return facts
+
+
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
+    reader = csv.DictReader(text.splitlines())
+    columns = reader.fieldnames or []
+    if missing := [name for name in COLUMNS[:2] if name not in columns]:
+        raise FactFileError(
+            f"{path} has no column {', '.join(missing)}; it has {', '.join(columns) or 'none'}, and "
+            f"facts need {', '.join(COLUMNS[:2])} (and may have {', '.join(COLUMNS[2:])})"
+        )
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        if None in row:
+            raise FactFileError(f"{where}: more cells than columns; quote prompts that hold commas")
+        yield where, row
+
+
+def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FactFileError(f"{where}: not JSON ({error.msg})") from None
+        yield where, row
+
+
+def _json_rows(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FactFileError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(rows, list):
+        raise FactFileError(f"{path} must hold a list of facts, as known_1000.json does")
+    for number, row in enumerate(rows):
+        yield f"{path}, record {number}", row
+
+
+def _fact(row: object, where: str) -> Fact:
+    """One row of any of the three forms; known_1000's names stand beside ours."""
+    if not isinstance(row, Mapping):
+        raise FactFileError(f"{where}: {row!r} is no record of named values")
+    values: dict[str, str | None] = {}
+    aliases = {"object": "attribute", "relation": "relation_id", "id": "known_id"}
+    for name in COLUMNS:
+        value = row.get(name, row.get(aliases.get(name, name)))
+        values[name] = None if value is None or value == "" else str(value)
+    for name in COLUMNS[:2]:
+        if not values[name]:
+            raise FactFileError(f"{where}: no {name}; it has {', '.join(map(str, row)) or 'nothing'}")
+    prompt, subject = str(values["prompt"]), str(values["subject"])
+    prompt = prompt.replace("{}", subject)
+    if subject not in prompt:
+        raise FactFileError(
+            f"{where}: subject {subject!r} does not occur in {prompt!r}; spans are matched verbatim"
+        )
+    return Fact(prompt.rstrip(), subject, values["object"], values["relation"], values["id"])
+
+
+def write_facts(facts: Iterable[Fact], path: str | Path) -> None:
+    """Write facts as CSV in the form that `read_facts` reads."""
+    try:
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows([getattr(fact, name) or "" for name in COLUMNS] for fact in facts)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+
+
+# -- downloads -------------------------------------------------------------------------------------
+
+
+def download_known_1000(folder: str | Path, *, timeout: float = 30.0) -> Path:
+    """Fetch the paper's 1 209 facts into `folder`, once, and check them by sha256.
+
+    Raises:
+        DownloadError: no network, or a file other than the published one.
+        OutputError: `folder` cannot be written.
+    """
+    target = Path(folder) / "known_1000.json"
+    if target.is_file() and _sha256(target.read_bytes()) == KNOWN_1000_SHA256:
+        return target
+    try:
+        with urllib.request.urlopen(KNOWN_1000_URL, timeout=timeout) as response:  # noqa: S310
+            content = response.read()
+    except (urllib.error.URLError, TimeoutError, OSError) as error:
+        raise DownloadError(
+            f"cannot fetch {KNOWN_1000_URL} ({getattr(error, 'reason', error)}); check the network, or "
+            f"put the file at {target}"
+        ) from None
+    if (found := _sha256(content)) != KNOWN_1000_SHA256:
+        raise DownloadError(
+            f"{KNOWN_1000_URL} has sha256 {found}, expected {KNOWN_1000_SHA256}; it was not kept"
+        )
+    partial = target.with_suffix(".partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(target)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror}") from None
+    return target
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

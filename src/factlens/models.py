@@ -1,0 +1,399 @@
+"""The only importer of transformer_lens: loading, running, hook names, weights.
+
+Two classes carry the hook points factlens stands on, and both are accepted everywhere: a `TransformerBridge`
+(TransformerLens 4, what `load_model` returns) and a `HookedTransformer` (TransformerLens 3.9, the user's own). What
+differs between them is answered here and nowhere else.
+"""
+
+import contextlib
+import copy
+import os
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from factlens import atlas
+from factlens.errors import ModelNotFound, ModelUnsupported
+from factlens.prefixes import HuggingFacePrefix, KeyValues, LensPrefix
+from factlens.types import Act, Hooks, Logits, Tokens
+
+Model = nn.Module
+"""A `TransformerBridge` or a `HookedTransformer`."""
+
+BUNDLED = "atlas"
+EMBED = "hook_embed"
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def load_model(
+    name: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Model:
+    """Load a model with its weights unprocessed, so that its probabilities are Hugging Face's.
+
+    Args:
+        name: None or "atlas" for the bundled model; a hub name ("gpt2-xl", "EleutherAI/gpt-j-6b"); or a local
+            folder in Hugging Face format.
+        device: where to run; the GPU if there is one, else the CPU.
+        dtype: of the weights. Probabilities are computed in float32 whatever it is.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        ModelNotFound: no such folder or hub name, a broken folder, or no network and nothing in the cache.
+        ModelUnsupported: TransformerLens has no adapter for the architecture, or it lacks hook points.
+    """
+    from factlens.configs import config_for
+
+    label = BUNDLED if name is None else str(name)
+    if label == BUNDLED:
+        source = str(atlas.CHECKPOINT)
+    elif os.path.isdir(label):
+        _check_folder(Path(label))
+        source = label
+    else:
+        config = config_for(label)
+        listed = config is not None and "/" not in label and label in config.models
+        source = config.models[0] if config is not None and listed else label
+    model, own_tokenizer = _boot(source, label, _choose_device(device), dtype, revision)
+    _names[model], _tokenizers[model] = label, own_tokenizer
+    return model
+
+
+_names: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+_tokenizers: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
+"""Kept beside the models, which belong to TransformerLens or to the user."""
+
+
+def _choose_device(device: str | torch.device | None) -> str:
+    if device is not None:
+        return str(device)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(
+            f"the folder {folder} holds no config.json; a Hugging Face model folder needs "
+            "config.json, model.safetensors and tokenizer.json"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ModelNotFound(
+            f"the folder {folder} holds no *.safetensors weights; factlens reads no pickled "
+            "weights: save the model with save_pretrained(safe_serialization=True)"
+        )
+
+
+def _boot(source: str, label: str, device: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
+    import transformers
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Loaded here and handed over: the bridge's own loader would accept pickled weights.
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    try:
+        with _quiet(transformers):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            hf_model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, attn_implementation="eager", **options
+            ).to(device)
+            model = TransformerBridge.boot_transformers(
+                source, hf_model=hf_model.eval(), tokenizer=tokenizer, device=device, dtype=dtype
+            )
+            # A fresh one, because the bridge makes its own prepend a BOS.
+            return model, AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        raise _explain(error, label, source) from error
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Silence the loaders' progress bars and notes for the length of a load, and put them back."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _explain(error: Exception, label: str, source: str) -> Exception:
+    """The one line that a user can act on, for whatever a loader threw."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    first = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    if isinstance(error, ModelNotFound | ModelUnsupported | KeyboardInterrupt):
+        return error
+    if "Unsupported architecture" in str(error) or "not supported" in str(error):
+        return ModelUnsupported(f"TransformerLens has no adapter for the model {label!r}: {first}")
+    if os.path.isdir(source):
+        return ModelNotFound(f"the model folder {source} cannot be loaded: {first}")
+    return ModelNotFound(
+        f"the model {label!r} is neither a folder nor fetchable from the hub, and is not in the "
+        f"cache {HF_HUB_CACHE} ({first}); check the name and the network, or use the bundled 'atlas'"
+    )
+
+
+# -- what a model is -------------------------------------------------------------------------------
+
+
+def is_bridge(model: Model) -> bool:
+    """Whether `model` is a `TransformerBridge` rather than a `HookedTransformer`."""
+    return hasattr(model, "original_model")
+
+
+def check_model(model: object) -> None:
+    """Refuse what has not the hook points that tracing needs.
+
+    Raises:
+        ModelUnsupported: naming what is missing.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "run_with_hooks"):
+        raise ModelUnsupported(
+            f"{type(model).__name__} is no hooked model; load one with factlens.load_model(name), or "
+            "give a TransformerBridge or HookedTransformer of TransformerLens"
+        )
+    for name in (EMBED, *(site(0, s) for s in ("resid_pre", "resid_post", "attn_out", "mlp_out"))):
+        if not has_site(model, name):
+            raise ModelUnsupported(f"this model has no hook point {name}, which tracing needs")
+    if tokenizer(model) is None:
+        raise ModelUnsupported("this model has no tokenizer; set model.tokenizer, then trace")
+
+
+def model_name(model: Model) -> str:
+    """The name the model was loaded by, else what TransformerLens calls it."""
+    return _names.get(model) or str(getattr(cfg(model), "model_name", None) or "unnamed")
+
+
+def cfg(model: Model) -> Any:
+    """The TransformerLens configuration: `n_layers`, `d_model`, `n_ctx` and the rest."""
+    return model.cfg
+
+
+BOS_MODEL_TYPES = ("llama", "gemma", "mistral", "mixtral", "opt", "phi3", "cohere")
+"""Beginnings of the `model_type`s whose Hugging Face tokenizers put a BOS in front."""
+
+
+def tokenizer(model: Model) -> Any:
+    """The tokenizer as Hugging Face has it, with the BOS that it adds and no other.
+
+    TransformerLens makes its own copy prepend a BOS to every text; of a user's model the original is loaded again
+    from the same place, or the copy is taken back to what its architecture does.
+    """
+    if model not in _tokenizers:
+        given = getattr(model, "tokenizer", None)
+        if given is None:
+            return None
+        _tokenizers[model] = _without_added_bos(given, architecture(model))
+    return _tokenizers[model]
+
+
+def _without_added_bos(given: Any, model_type: str) -> Any:
+    bos = given.bos_token_id
+    if bos is None or list(given("a")["input_ids"])[:1] != [bos]:
+        return given
+    from transformers import AutoTokenizer
+
+    with contextlib.suppress(Exception):  # Whatever a loader throws: not there any more, or renamed.
+        return AutoTokenizer.from_pretrained(
+            given.name_or_path, local_files_only=True, trust_remote_code=False
+        )
+    if model_type.lower().startswith(BOS_MODEL_TYPES):
+        return given
+    bare = copy.deepcopy(given)
+    bare.add_bos_token = False
+    return bare
+
+
+def n_layers(model: Model) -> int:
+    """Number of blocks."""
+    return int(cfg(model).n_layers)
+
+
+def device_of(model: Model) -> torch.device:
+    """Where the embeddings live, hence where tokens go."""
+    return next(model.parameters()).device
+
+
+def dtype_of(model: Model) -> torch.dtype:
+    """The type the model computes in."""
+    return next(model.parameters()).dtype
+
+
+def architecture(model: Model) -> str:
+    """Hugging Face's `model_type`, such as "gpt2" or "gptj"; TransformerLens's name when there is none."""
+    if is_bridge(model):
+        return str(cast(Any, model).original_model.config.model_type)
+    return str(getattr(cfg(model), "original_architecture", None) or "unknown")
+
+
+def processing(model: Model) -> str:
+    """How TransformerLens changed the weights: "none", or what was folded and centred.
+
+    A `HookedTransformer` does not say how it was made, so it is read off: a folded LayerNorm is a `...Pre` norm,
+    and centred weights have rows of mean zero.
+    """
+    if is_bridge(model):
+        return "compatibility-mode" if getattr(model, "compatibility_mode", False) else "none"
+    steps = []
+    if str(getattr(cfg(model), "normalization_type", "")).endswith("Pre"):
+        steps.append("layer norm folded")
+    embedding = cast(Any, model).W_E
+    if bool(embedding.mean(dim=-1).abs().max() < 1e-5 * embedding.abs().max()):
+        steps.append("weights centred")
+    return ", ".join(steps) or "none"
+
+
+# -- hook names ------------------------------------------------------------------------------------
+
+
+def site(layer: int, name: str) -> str:
+    """`site(17, "mlp_out")` is `blocks.17.hook_mlp_out`."""
+    return f"blocks.{layer}.hook_{name}"
+
+
+def has_site(model: Model, name: str) -> bool:
+    """Whether the model has the hook point `name` (aliases count)."""
+    return name in cast(Any, model).hook_dict
+
+
+def is_parallel(model: Model) -> bool:
+    """Whether attention and MLP both read the block's input (GPT-J, GPT-NeoX)."""
+    return not has_site(model, site(0, "resid_mid"))
+
+
+def mlp_input_site(model: Model, layer: int) -> str | None:
+    """Where only the MLP's input passes, not the stream beside it; None if the model has no such hook point."""
+    for name in (f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.ln2.hook_normalized"):
+        if has_site(model, name):
+            return name
+    return None
+
+
+def W_out(model: Model, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """The MLP's output matrix, in the row convention `key @ W_out`; a view on models with `nn.Linear`."""
+    return cast(Any, model).blocks[layer].mlp.W_out
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+
+def logits_of(model: Model, tokens: Tokens, hooks: Hooks | None = None, keep: int = 0) -> Logits:
+    """Run `tokens` through the whole model; logits at the last `keep` positions, or at all for 0."""
+    runner, bridge = cast(Any, model), is_bridge(model)
+    tokens = tokens.to(device_of(model))
+    with torch.inference_mode():
+        if bridge:
+            options = {"logits_to_keep": keep} if keep else {}
+            return runner.run_with_hooks(tokens, fwd_hooks=hooks or [], **options)
+        return runner.run_with_hooks(tokens, fwd_hooks=(hooks or []) + _only_last(model, keep))
+
+
+def run_with_cache(
+    model: Model, tokens: Tokens, names: Sequence[str], hooks: Hooks | None = None
+) -> tuple[Logits, dict[str, Tensor]]:
+    """Run `tokens` under `hooks`, and keep the activations at `names` as they leave those hooks."""
+    stored: dict[str, Tensor] = {}
+
+    def storing(name: str) -> tuple[str, Any]:
+        def store(act: Tensor, hook: object = None) -> Tensor:
+            stored[name] = act.detach().clone()
+            return act
+
+        return name, store
+
+    logits = logits_of(model, tokens, (hooks or []) + [storing(name) for name in names])
+    return logits, stored
+
+
+def embed(model: Model, tokens: Tokens, hooks: Hooks) -> Act:
+    """The stream that enters block 0: embeddings under `hooks`, with positions where they are added there."""
+    with torch.inference_mode():
+        return cast(Any, model).run_with_hooks(
+            tokens.to(device_of(model)), fwd_hooks=hooks, stop_at_layer=0
+        )
+
+
+def run_stream(
+    model: Model,
+    stream: Act,
+    tokens: Tokens,
+    hooks: Hooks,
+    keys: KeyValues,
+    keep: int,
+) -> Logits:
+    """Run the blocks over `stream`, whose rows a hook may change in number between two blocks.
+
+    `keys` is asked at each layer for the keys and values of earlier positions (`KeyValues`). The model itself is
+    given one row of `tokens`, so that every mask and position it builds broadcasts over however many rows there are.
+    """
+    runner = cast(Any, model)
+    with torch.inference_mode():
+        if not is_bridge(model):
+            hooks = hooks + _only_last(model, keep)
+            prefix = LensPrefix(keys, n_layers(model))
+            return runner.run_with_hooks(
+                stream, fwd_hooks=hooks, start_at_layer=0, past_kv_cache=prefix
+            )
+
+        def enter(act: Tensor, hook: object = None) -> Tensor:
+            return stream
+
+        return runner.run_with_hooks(
+            tokens[:1].to(device_of(model)),
+            fwd_hooks=[(site(0, "resid_pre"), enter), *hooks],
+            past_key_values=HuggingFacePrefix(keys),
+            logits_to_keep=keep,
+        )
+
+
+def _only_last(model: Model, keep: int) -> Hooks:
+    """HookedTransformer has no `logits_to_keep`: cut the stream before the unembedding instead."""
+
+    def cut(act: Tensor, hook: object = None) -> Tensor:
+        return act[:, -keep:]
+
+    return [(site(n_layers(model) - 1, "resid_post"), cut)] if keep else []
+
+
+def token_embeddings(model: Model, tokens: Tokens) -> Act:
+    """What `hook_embed` carries for `tokens`: the embeddings that corruption acts on."""
+    caught: list[Tensor] = []
+
+    def catch(act: Tensor, hook: object = None) -> Tensor:
+        caught.append(act.detach().clone())
+        return act
+
+    embed(model, tokens, [(EMBED, catch)])
+    return caught[0]
+
+
+def rows_of(act: Tensor, rows: int) -> Tensor:
+    """One run's activation, repeated for a batch of `rows`."""
+    return repeat(act, "1 ... -> row ...", row=rows)
+
+
+def hooked(model: Model, hooks: Hooks) -> Any:
+    """A context in which every run of `model` goes through `hooks`."""
+    return cast(Any, model).hooks(fwd_hooks=hooks)
+
+
+def state_tensors(model: Model) -> Mapping[str, Tensor]:
+    """The parameters and their names, in TransformerLens's layout where it offers one."""
+    return dict(cast(Any, model).state_dict())

@@ -1,0 +1,427 @@
+"""Causal tracing (ROME, Section 2): facts and a plan in, the same plan with probabilities out."""
+
+import logging
+import platform
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+
+import pandas as pd
+import torch
+
+from factlens import models
+from factlens.configs import config_for
+from factlens.corruption import NoiseLevel, fact_seed, noise_for, noise_level
+from factlens.engines.one_pass import run_one_pass
+from factlens.engines.plain import run_plain
+from factlens.engines.problems import METRICS, Answers, Problem, Progress, Readout, no_progress
+from factlens.errors import FactError, FactWarning, PlanError
+from factlens.facts import Fact
+from factlens.fingerprints import fingerprint
+from factlens.models import Model
+from factlens.plans import KINDS, as_tuple, plan, plan_sites
+from factlens.tokens import TokenizedPrompt, answer_ids, tokenize
+from factlens.traces import Trace, concat
+
+log = logging.getLogger("factlens")
+
+ENGINES = ("auto", "one-pass", "plain")
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+"""Largest difference in probability between the engines at which `auto` trusts the one-pass engine. Narrower types
+round more with every change of the batch size: `PROBE_TOLERANCE_NARROW`."""
+PROBE_TOLERANCE_NARROW = 5e-2
+
+FactProgress = Callable[[int, int, Fact], None]
+"""Told (cells done, cells in all, the fact at work)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The arguments of `trace`, checked once for all facts."""
+
+    kinds: tuple[str, ...]
+    windows: tuple[int, ...]
+    severed: tuple[str, ...]
+    noise: str
+    level: NoiseLevel
+    samples: int
+    seed: int
+    metric: str
+    answer: str | None
+    foil: str | None
+    sites: tuple[str, ...]
+    include_embedding: bool
+    prepend_bos: bool | None
+    engine: str
+    budget: int | None
+
+
+def trace(
+    model: Model,
+    facts: Fact | str | Iterable[Fact],
+    *,
+    subject: str | None = None,
+    kinds: str | Sequence[str] = KINDS,
+    window: int | Sequence[int] | None = None,
+    severed: str | Sequence[str] = "none",
+    noise: str = "gaussian",
+    noise_level: float | str | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    metric: str = "prob",
+    answer: str | None = None,
+    foil: str | None = None,
+    sites: str | Sequence[str] | None = None,
+    subject_at: int = 0,
+    include_embedding: bool = True,
+    prepend_bos: bool | None = None,
+    engine: str = "auto",
+    budget: int | None = None,
+    progress: FactProgress | None = None,
+) -> Trace:
+    """Trace where a model keeps a fact: the indirect effect of every state, MLP and attention window.
+
+    The subject's embeddings are corrupted with noise, one part of the network is returned to its clean value, and the
+    answer's probability is measured: `effect = prob_restored - prob_corrupted` is the indirect effect IE, and
+    `prob_clean - prob_corrupted` the total effect TE (ROME, Section 2.1).
+
+    Args:
+        model: from `load_model`, or your own `TransformerBridge` or `HookedTransformer`.
+        facts: a `Fact`, a prompt (with `subject=`), or several facts.
+        kinds: "state" (block outputs, and the embedding as layer -1), "mlp", "attn".
+        window: width of MLP and attention windows in layers, one or several; None takes the model's config.
+        severed: "none", "mlp", "attn", "both": what is frozen at its corrupted value (ROME, Figure 3).
+        noise: "gaussian", "uniform", "rome" (the official code's draws), "replace:<other subject>".
+        noise_level: a number; None for the model's own (`factlens.corruption.noise_level`); "facts" for 3 sigma over
+            the subjects of the facts given.
+        samples: noise draws per fact; None takes the model's config (10).
+        metric: "prob", "logprob", or "logit_diff" (with `foil=`); what `effect` is measured in.
+        answer: the token to measure; None for the fact's object, or what the model ranks first. "whole" measures the
+            product over all tokens of the object.
+        sites: other hook points, such as "blocks.{l}.attn.hook_z", instead of `kinds`; one forward pass per cell.
+        subject_at: which occurrence of the subject, from 0.
+        include_embedding: also restore the embedding alone, the control for token identity.
+        engine: "one-pass", "plain", or "auto": one-pass, unless it does not agree with plain on this model.
+        budget: bytes that one pass may take; None for half of what is free.
+        progress: called with (cells done, cells in all, fact).
+
+    Raises:
+        FactError, SubjectNotFound, PromptTooLong: a single fact that cannot be traced; of several, such facts are
+            skipped, and `Trace.skipped` says why.
+        PlanError: something to trace that does not exist.
+        ModelUnsupported: the model lacks hook points.
+    """
+    models.check_model(model)
+    single = isinstance(facts, Fact | str)
+    wanted = [_as_fact(facts, subject)] if single else list(facts)  # type: ignore[arg-type]
+    if not wanted:
+        raise FactError("no facts to trace")
+    config = config_for(models.model_name(model), models.architecture(model))
+    defaults = config.trace if config is not None else None
+    settings = _Settings(
+        kinds=as_tuple(kinds),
+        windows=as_tuple(window if window is not None else getattr(defaults, "window", 10)),
+        severed=as_tuple(severed),
+        noise=noise,
+        level=_level(model, noise, noise_level, wanted),
+        samples=samples if samples is not None else getattr(defaults, "samples", 10),
+        seed=seed,
+        metric=metric,
+        answer=answer,
+        foil=foil,
+        sites=as_tuple(sites) if sites is not None else (),
+        include_embedding=include_embedding,
+        prepend_bos=prepend_bos,
+        engine=engine,
+        budget=budget,
+    )
+    _check(settings)
+    begun, print_of_model = time.perf_counter(), fingerprint(model)
+    traces: list[Trace] = []
+    skipped: list[tuple[str, str]] = []
+    for fact in wanted:
+        try:
+            traced = _trace_one(model, fact, settings, subject_at, single, progress)
+        except FactError as error:
+            if single:
+                raise
+            skipped.append((fact.prompt, str(error)))
+            log.info("skipped %r: %s", fact.prompt, error)
+            continue
+        traces.append(traced)
+    if not traces:
+        raise FactError(f"none of {len(wanted)} facts could be traced; the first: {skipped[0][1]}")
+    result = concat(traces)
+    about = _about(model, settings, print_of_model, time.perf_counter() - begun)
+    engines = {each.info["engine"] for each in traces}
+    return replace(
+        result,
+        info={
+            **about,
+            "engine": engines.pop() if len(engines) == 1 else "mixed",
+            "prefix_reuse": all(each.info["prefix_reuse"] for each in traces),
+            "fallback_reason": next(
+                (each.info["fallback_reason"] for each in traces if each.info["fallback_reason"]), None
+            ),
+        },
+        skipped=tuple(skipped),
+    )
+
+
+def _as_fact(facts: object, subject: str | None) -> Fact:
+    if isinstance(facts, Fact):
+        return facts if subject is None else replace(facts, subject=subject)
+    if subject is None:
+        raise FactError(
+            f"the prompt {facts!r} comes without a subject; say subject='...', or give a Fact"
+        )
+    return Fact(str(facts), subject)
+
+
+def _level(model: Model, noise: str, given: float | str | None, facts: list[Fact]) -> NoiseLevel:
+    if noise.startswith("replace:"):
+        return NoiseLevel(0.0, "not used: the subject's embeddings are replaced")
+    return noise_level(model, given, [fact.subject for fact in facts])
+
+
+def _check(settings: _Settings) -> None:
+    """Refuse settings that do not exist, before any model is run."""
+    for name, value, known in (
+        ("metric", settings.metric, METRICS),
+        ("engine", settings.engine, ENGINES),
+    ):
+        if value not in known:
+            raise PlanError(f"no {name} {value!r}; there are {', '.join(known)}")
+    if settings.samples < 1:
+        raise PlanError(f"at least one noise sample is needed, not {settings.samples}")
+    if settings.metric == "logit_diff" and settings.foil is None:
+        raise PlanError("logit_diff compares the answer with another; say foil='...'")
+    if settings.sites and settings.engine == "one-pass":
+        raise PlanError(f"the sites {', '.join(settings.sites)} are traced by engine='plain' only")
+
+
+def _trace_one(
+    model: Model,
+    fact: Fact,
+    settings: _Settings,
+    subject_at: int,
+    single: bool,
+    progress: FactProgress | None,
+) -> Trace:
+    prompt = tokenize(
+        models.tokenizer(model),
+        fact.prompt,
+        fact.subject,
+        subject_at=subject_at,
+        prepend_bos=settings.prepend_bos,
+        context=int(models.cfg(model).n_ctx),
+    )
+    if single and prompt.occurrences > 1:
+        _warn(
+            f"the subject {fact.subject!r} occurs {prompt.occurrences} times in {fact.prompt!r}; "
+            f"occurrence {subject_at} is corrupted, subject_at= picks another"
+        )
+    if single and prompt.subject[1] == len(prompt.words):
+        _warn(
+            f"the prompt {fact.prompt!r} ends with its subject, so its last token is the last "
+            "subject token too"
+        )
+    readout, text = _readout(model, fact, prompt, settings, single)
+    cells = _cells(model, prompt, settings)
+    tokens = torch.cat([prompt.ids, readout.answer[None, :-1]], dim=1)
+    seed = fact_seed(settings.seed, fact.prompt, fact.subject)
+    noise = noise_for(
+        model,
+        prompt.ids,
+        prompt.subject,
+        rule=settings.noise,
+        level=settings.level.value,
+        samples=settings.samples,
+        seed=seed,
+    )
+    problem = Problem(tokens, prompt.subject, noise, cells, readout)
+
+    def tell(done: int, total: int) -> None:
+        if progress is not None:
+            progress(done, total, fact)
+
+    answers, engine, reason = _run(model, problem, settings, tell)
+    frame = _measured(cells, answers, settings.metric)
+    info = {"engine": engine, "prefix_reuse": answers.prefix_reuse, "fallback_reason": reason}
+    info["metric"] = settings.metric
+    return Trace(frame, (fact,), (text,), (prompt.subject,), info)
+
+
+def _warn(message: str) -> None:
+    # Named from the user's own line: this function, _trace_one, trace.
+    warnings.warn(message, FactWarning, stacklevel=4)
+
+
+def _cells(model: Model, prompt: TokenizedPrompt, settings: _Settings) -> pd.DataFrame:
+    depth = models.n_layers(model)
+    if settings.sites:
+        heads = _site_heads(model, prompt, settings.sites)
+        return plan_sites(prompt, depth, settings.sites, heads, severed=settings.severed)
+    return plan(
+        prompt,
+        depth,
+        kinds=settings.kinds,
+        windows=settings.windows,
+        severed=settings.severed,
+        include_embedding=settings.include_embedding,
+    )
+
+
+def _site_heads(model: Model, prompt: TokenizedPrompt, sites: Sequence[str]) -> dict[str, int]:
+    """How many heads each site has, 0 for those without; refuses sites that are not one value per position.
+
+    Raises:
+        PlanError: no such hook point, or one whose second axis is not the position.
+    """
+    heads = {}
+    for name in sites:
+        first = name.format(l=0)
+        if not models.has_site(model, first):
+            raise PlanError(
+                f"this model has no hook point {first!r}; sites look like 'blocks.{{l}}.attn.hook_z'"
+            )
+        _, stored = models.run_with_cache(model, prompt.ids, [first])
+        shape = tuple(stored[first].shape) if first in stored else ()
+        if len(shape) not in (3, 4) or shape[1] != prompt.ids.shape[1]:
+            raise PlanError(
+                f"{first} carries {shape or 'nothing'}; only sites with one value per position "
+                "[row, pos, ...] can be traced"
+            )
+        heads[name] = shape[2] if len(shape) == 4 else 0
+    return heads
+
+
+def _readout(
+    model: Model, fact: Fact, prompt: TokenizedPrompt, settings: _Settings, single: bool
+) -> tuple[Readout, str]:
+    """What is measured: the given answer, else the object, else what the model ranks first.
+
+    Raises:
+        FactError: of several facts, one whose object the model does not rank first.
+    """
+    tokenizer = models.tokenizer(model)
+    top = int(models.logits_of(model, prompt.ids, keep=1)[0, -1].argmax())
+    whole = settings.answer == "whole"
+    given = fact.object if whole or settings.answer is None else settings.answer
+    if whole and given is None:
+        raise FactError(f"answer='whole' needs the fact's object; {fact.prompt!r} has none")
+    ids = [top] if given is None else answer_ids(tokenizer, fact.prompt, given)
+    if ids[0] != top and settings.answer in (None, "whole"):
+        said = tokenizer.decode([top])
+        message = f"the model continues {fact.prompt!r} with {said!r}, not with {given!r}"
+        if not single:
+            raise FactError(message)
+        _warn(f"{message}; traced all the same")
+    chosen = ids if whole else ids[:1]
+    foil = None
+    if settings.foil is not None:
+        foil = answer_ids(tokenizer, fact.prompt, settings.foil)[0]
+    return Readout(torch.tensor(chosen), foil), tokenizer.decode(chosen)
+
+
+# -- engines ---------------------------------------------------------------------------------------
+
+
+def _run(
+    model: Model, problem: Problem, settings: _Settings, progress: Progress
+) -> tuple[Answers, str, str | None]:
+    """The answers, the engine that gave them, and why it was not the one-pass engine if `auto` had to fall back."""
+    if settings.engine == "plain":
+        return run_plain(model, problem, progress=progress), "plain", None
+    if settings.engine == "one-pass":
+        return run_one_pass(model, problem, progress=progress, budget=settings.budget), "one-pass", None
+    if settings.sites:
+        reason = f"the sites {', '.join(settings.sites)} have no one-pass form"
+        return run_plain(model, problem, progress=progress), "plain", reason
+    reason = _distrust(model, problem)
+    if reason is not None:
+        log.warning("tracing with one forward pass per cell: %s", reason)
+        return run_plain(model, problem, progress=progress), "plain", reason
+    return run_one_pass(model, problem, progress=progress, budget=settings.budget), "one-pass", None
+
+
+_probed: "weakref.WeakKeyDictionary[Model, str | None]" = weakref.WeakKeyDictionary()
+
+
+def _distrust(model: Model, problem: Problem) -> str | None:
+    """Why the one-pass engine cannot serve this model, or None: two cells are traced by both engines, once a model.
+
+    A few forward passes buy that an architecture nobody has tried is either right or slow, never wrong.
+    """
+    if model not in _probed:
+        middle, last = models.n_layers(model) // 2, problem.subject[1] - 1
+        rows = [("state", 1, middle), ("mlp", 2, middle), ("attn", 2, middle)]
+        cells = pd.DataFrame(
+            [(0, kind, width, "none", layer, last) for kind, width, layer in rows],
+            columns=["fact", "kind", "window", "severed", "layer", "position"],
+        )
+        probe = replace(problem, cells=cells)
+        expected = run_plain(model, probe)
+        try:
+            found = run_one_pass(model, probe)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            line = str(error).split("\n")[0][:120]
+            _probed[model] = f"the one-pass engine does not run on it ({type(error).__name__}: {line})"
+            return _probed[model]
+        gap = float((found.restored[..., 0] - expected.restored[..., 0]).abs().max())
+        allowed = PROBE_TOLERANCE.get(models.dtype_of(model), PROBE_TOLERANCE_NARROW)
+        agree = gap <= allowed
+        _probed[model] = (
+            None if agree else f"the one-pass engine differs from the plain one by {gap:.1g}"
+        )
+    return _probed[model]
+
+
+def _measured(cells: pd.DataFrame, answers: Answers, metric: str) -> pd.DataFrame:
+    """The plan with its measurements: means over samples, and their spread."""
+    restored = answers.restored.double()
+    frame = cells.copy()
+    for name in dict.fromkeys(("prob", metric)):
+        at = METRICS.index(name)
+        frame[f"{name}_clean"] = float(answers.clean[at])
+        frame[f"{name}_corrupted"] = float(answers.corrupted[:, at].double().mean())
+        frame[f"{name}_restored"] = restored[:, :, at].mean(dim=1).numpy()
+    chosen = restored[:, :, METRICS.index(metric)]
+    spread = chosen.std(dim=1) if chosen.shape[1] > 1 else torch.zeros(len(cells))
+    frame.insert(frame.columns.get_loc("prob_clean"), "sample_sd", spread.numpy())
+    frame["effect"] = frame[f"{metric}_restored"] - frame[f"{metric}_corrupted"]
+    return frame
+
+
+def _about(model: Model, settings: _Settings, print_of_model: str, seconds: float) -> dict:
+    """Everything a reader of the trace needs to know, and nothing that changes a number."""
+    packages = {}
+    for name in ("factlens", "transformer-lens", "transformers", "torch"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed as a package"
+    return {
+        "model": models.model_name(model),
+        "fingerprint": print_of_model,
+        "processing": models.processing(model),
+        "dtype": str(models.dtype_of(model)).removeprefix("torch."),
+        "device": str(models.device_of(model)),
+        "noise": settings.noise,
+        "noise_level": settings.level.value,
+        "noise_source": settings.level.source,
+        "samples": settings.samples,
+        "seed": settings.seed,
+        "metric": settings.metric,
+        "answer": settings.answer,
+        "foil": settings.foil,
+        "seconds": round(seconds, 3),
+        "python": platform.python_version(),
+        "versions": packages,
+    }
+
+
+__all__ = ["no_progress", "trace"]
