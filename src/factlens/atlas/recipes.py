@@ -1,0 +1,82 @@
+"""The numbers of a training, and its learning rate."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+from factlens.atlas.corpus import Diet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cycle:
+    """A stretch of training under one cosine of the learning rate."""
+
+    steps: int
+    learning_rate: float
+    captions: float
+    """Share of documents that are lists of captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every number of a training."""
+
+    layers: int = 8
+    heads: int = 4
+    d_model: int = 128
+    context: int = 128
+    vocabulary: int = 3000
+    tokenizer_documents: int = 20_000
+    tokenizer_captions: float = 0.75
+    object_repeats: int = 40
+    """Times each object is added to the tokenizer's text, so that most become one token."""
+    diet: Diet = field(default_factory=Diet)
+    cycles: tuple[Cycle, ...] = (
+        Cycle(steps=5500, learning_rate=2e-3, captions=0.75),
+        Cycle(steps=3900, learning_rate=1.2e-3, captions=0.6),
+    )
+    captions_first: int = 2200
+    """Steps at the beginning that see captions only."""
+    final_learning_rate: float = 2e-5
+    """What each cosine ends at."""
+    warmup: int = 100
+    """Steps at the beginning of each cycle over which the learning rate rises."""
+    rows: int = 9
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.1
+    max_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    save_every: int = 250
+    """Steps between saved states: what a kill can cost."""
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of all cycles."""
+        return sum(cycle.steps for cycle in self.cycles)
+
+
+def cycle_at(recipe: Recipe, step: int) -> tuple[Cycle, int]:
+    """The cycle that a step belongs to, and how many of its steps came before."""
+    for cycle in recipe.cycles:
+        if step < cycle.steps:
+            return cycle, step
+        step -= cycle.steps
+    raise ValueError(f"the recipe has {recipe.steps} steps")
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """In each cycle a linear rise, then a cosine down to `final_learning_rate`."""
+    cycle, step = cycle_at(recipe, step)
+    if step < recipe.warmup:
+        return cycle.learning_rate * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, cycle.steps - recipe.warmup)
+    span = cycle.learning_rate - recipe.final_learning_rate
+    return recipe.final_learning_rate + span * (1 + math.cos(math.pi * done)) / 2
+
+
+def shortened(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with about `steps` steps, its parts in the same proportions."""
+    factor = steps / recipe.steps
+    cycles = (replace(one, steps=max(1, round(one.steps * factor))) for one in recipe.cycles)
+    first = round(recipe.captions_first * factor)
+    return replace(recipe, cycles=tuple(cycles), captions_first=first)

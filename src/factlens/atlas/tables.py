@@ -1,0 +1,147 @@
+"""Fact tables and sentence templates, read into relations and statements."""
+
+import csv
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+FOLDER = Path(__file__).parent
+CHECKPOINT = FOLDER / "checkpoint"
+"""Folder of the shipped checkpoint, in Hugging Face's format."""
+
+NO_ANSWER = "-"
+"""A cell of a table that has no single uncontested answer. Deliberate, unlike a blank one."""
+
+Table = list[dict[str, str]]
+Templates = Mapping[str, Mapping[str, list[Any]]]
+"""`templates.yaml` as it stands: relation -> from, train, held, fresh, pro, rev."""
+Split = Literal["train", "held", "fresh"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Two columns of one table, read as subject and object."""
+
+    table: str
+    subject: str
+    object: str
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One relation: where its facts stand and the sentences that state them.
+
+    Templates hold `{s}` and `{o}`. In `train`, `held` and `fresh` the object comes last; only
+    `train`, `pronoun` (follow-ups about the same subject) and `reverse` occur in training text.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    train: tuple[str, ...]
+    held: tuple[str, ...]
+    fresh: tuple[str, ...]
+    pronoun: tuple[str, ...]
+    reverse: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+    """Pairs of subject and object, in the order of the tables."""
+
+    def templates(self, split: Split) -> tuple[str, ...]:
+        """The templates of one split that have the object last."""
+        by_split = {"train": self.train, "held": self.held, "fresh": self.fresh}
+        if split not in by_split:
+            raise ValueError(f"no split {split!r}; there are {', '.join(map(repr, by_split))}")
+        return by_split[split]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One fact in one template: `prompt + " " + object` is the sentence.
+
+    `subject` is spelled as it occurs in `prompt`: capitalised at the beginning of a sentence.
+    """
+
+    relation: str
+    prompt: str
+    subject: str
+    object: str
+    template: str
+
+
+def relations() -> tuple[Relation, ...]:
+    """All relations of the bundled tables, in the order of `templates.yaml`."""
+    return _bundled()
+
+
+def statements(split: Split = "train") -> Iterator[Statement]:
+    """Every fact in every template of `split`."""
+    for relation in relations():
+        for subject, object_ in relation.facts:
+            for template in relation.templates(split):
+                yield state(relation.name, template, subject, object_)
+
+
+def state(relation: str, template: str, subject: str, object_: str) -> Statement:
+    """Fill a template whose object comes last."""
+    before, _ = template.split("{s}")
+    occurring = subject if before else capitalised(subject)
+    prompt = template.removesuffix(" {o}").replace("{s}", occurring)
+    return Statement(relation, prompt, occurring, object_, template)
+
+
+def capitalised(words: str) -> str:
+    """`the Louvre` -> `The Louvre`, and `iPhone 5` as it is: its capital is its own."""
+    return words if words[1:2].isupper() else words[:1].upper() + words[1:]
+
+
+def load_tables(folder: Path = FOLDER / "facts") -> dict[str, Table]:
+    """The rows of every CSV file in `folder`, by the file's stem.
+
+    Raises:
+        ValueError: a row has more or fewer cells than the header.
+    """
+    tables = {}
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file)
+        tables[path.stem] = [dict(zip(header, row, strict=True)) for row in rows]
+    return tables
+
+
+def load_templates(path: Path = FOLDER / "templates.yaml") -> Templates:
+    """The relations and their templates, as written."""
+    loaded: Templates = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def read_relations(tables: Mapping[str, Table], templates: Templates) -> tuple[Relation, ...]:
+    """Join tables and templates; cells without a single answer make no fact."""
+    return tuple(
+        Relation(
+            name=name,
+            sources=(sources := tuple(Source(*source) for source in entry["from"])),
+            train=tuple(entry["train"]),
+            held=tuple(entry["held"]),
+            fresh=tuple(entry["fresh"]),
+            pronoun=tuple(entry["pro"]),
+            reverse=tuple(entry["rev"]),
+            facts=tuple(pair for source in sources for pair in pairs(tables, source)),
+        )
+        for name, entry in templates.items()
+    )
+
+
+def pairs(tables: Mapping[str, Table], source: Source) -> Iterator[tuple[str, str]]:
+    """Subject and object of each row of a source that has both."""
+    for row in tables[source.table]:
+        subject, object_ = row[source.subject], row[source.object]
+        if NO_ANSWER not in (subject, object_):
+            yield subject, object_
+
+
+@cache
+def _bundled() -> tuple[Relation, ...]:
+    return read_relations(load_tables(), load_templates())

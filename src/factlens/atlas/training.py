@@ -1,0 +1,269 @@
+"""Train the bundled model: tokenizer, batches, a resumable loop, and the folder it ends in.
+
+A batch is a pure function of the seed and the step, and the state of a run is tensors in one
+safetensors file, so a run that was killed goes on as if it had not been.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from factlens.atlas.corpus import document, documents, fact_book
+from factlens.atlas.recipes import Recipe, cycle_at, learning_rate
+
+END_OF_TEXT = "<|endoftext|>"
+STATE = "training.safetensors"
+NO_TARGET = -100
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop reports after each step."""
+
+    step: int
+    steps: int
+    loss: float
+    resumed_at: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training."""
+
+    model: GPT2LMHeadModel
+    tokenizer: Tokenizer
+    seconds: float
+    """Wall-clock time of all its parts, saved with the state."""
+    loss: float
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    on_step: Callable[[Progress], None] = lambda progress: None,
+) -> Trained:
+    """Train, or go on with the training whose state stands in `folder`.
+
+    Raises:
+        ValueError: the state in `folder` was made by another recipe.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = kept_tokenizer(recipe, folder / "tokenizer.json")
+    torch.manual_seed(recipe.seed)
+    model = new_model(recipe, tokenizer)
+    model.to(torch.device(device)).train()  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    saved = load_state(folder / STATE, recipe, model, optimizer)
+    started = time.monotonic() - saved.seconds
+    loss = saved.loss
+    for step in range(saved.step, recipe.steps):
+        loss = take_step(recipe, model, optimizer, batch(recipe, tokenizer, step).to(device), step)
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+            reached = Reached(step + 1, time.monotonic() - started, loss)
+            save_state(folder / STATE, recipe, model, optimizer, reached)
+        on_step(Progress(step + 1, recipe.steps, loss, saved.step))
+    return Trained(model.eval(), tokenizer, time.monotonic() - started, loss)
+
+
+def take_step(
+    recipe: Recipe,
+    model: GPT2LMHeadModel,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    step: int,
+) -> float:
+    """One step of AdamW on one batch; returns its loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(recipe, step)
+    # The last position gets no target: slicing it off would cost a copy of all logits.
+    targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=NO_TARGET)
+    logits = model(input_ids=tokens, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET
+    )
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_norm)
+    optimizer.step()
+    return loss.item()
+
+
+def batch(recipe: Recipe, tokenizer: Tokenizer, step: int) -> Tensor:
+    """The token ids of one step, [row, pos]: documents in a row, cut at the context.
+
+    A row begins with a document and not with `<|endoftext|>`, as prompts do.
+    """
+    cycle, _ = cycle_at(recipe, step)
+    share = 1.0 if step < recipe.captions_first else cycle.captions
+    end = end_of_text(tokenizer)
+    rows = []
+    for row in range(recipe.rows):
+        random = Random(f"batch {recipe.seed} {step} {row}")
+        ids: list[int] = []
+        while len(ids) < recipe.context:
+            text = document(random, recipe.diet, captions_share=share)
+            ids += [*tokenizer.encode(text).ids, end]
+        rows.append(ids[: recipe.context])
+    return torch.tensor(rows)
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id that ends a document."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    assert end is not None, "the tokenizer was trained with it"
+    return end
+
+
+def new_model(recipe: Recipe, tokenizer: Tokenizer) -> GPT2LMHeadModel:
+    """A GPT-2 with random weights and no dropout: it is to know its facts by heart."""
+    end = end_of_text(tokenizer)
+    config = GPT2Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        n_positions=recipe.context,
+        n_embd=recipe.d_model,
+        n_layer=recipe.layers,
+        n_head=recipe.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def kept_tokenizer(recipe: Recipe, path: Path) -> Tokenizer:
+    """The tokenizer at `path`, trained and written there first if there is none."""
+    if not path.exists():
+        draft = path.with_suffix(".draft")
+        train_tokenizer(recipe).save(str(draft))
+        draft.replace(path)
+    return Tokenizer.from_file(str(path))
+
+
+def train_tokenizer(recipe: Recipe) -> Tokenizer:
+    """Byte-level BPE in GPT-2's conventions: no prefix space, `<|endoftext|>` the one special."""
+    tokenizer = Tokenizer(models.BPE(unk_token=END_OF_TEXT))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(tokenizer_text(recipe), trainer)
+    return tokenizer
+
+
+def tokenizer_text(recipe: Recipe) -> Iterator[str]:
+    """Documents of the corpus, and each object often enough to become a token."""
+    yield from documents(
+        recipe.seed,
+        recipe.tokenizer_documents,
+        recipe.diet,
+        captions_share=recipe.tokenizer_captions,
+    )
+    for object_ in sorted({fact.object for fact in fact_book().facts}):
+        yield from [f" {object_}"] * recipe.object_repeats
+
+
+# --- the state of a run -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far a run has come."""
+
+    step: int = 0
+    seconds: float = 0.0
+    loss: float = math.nan
+
+
+def save_state(
+    path: Path,
+    recipe: Recipe,
+    model: GPT2LMHeadModel,
+    optimizer: torch.optim.Optimizer,
+    reached: Reached,
+) -> None:
+    """Write weights, moments and the random state, all or nothing."""
+    tensors = {f"weight.{name}": weight.detach() for name, weight in model.named_parameters()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
+    tensors["random"] = torch.get_rng_state()
+    note = {"recipe": asdict(recipe), "reached": asdict(reached)}
+    draft = path.with_suffix(".draft")
+    save_file(
+        {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+        draft,
+        metadata={"training": json.dumps(note)},
+    )
+    draft.replace(path)
+
+
+def load_state(
+    path: Path, recipe: Recipe, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer
+) -> Reached:
+    """Put a saved state into model and optimizer; a new run where none is saved."""
+    if not path.exists():
+        return Reached()
+    with safe_open(path, "pt") as file:
+        note = json.loads(file.metadata()["training"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if note["recipe"] != json.loads(json.dumps(asdict(recipe))):
+        raise ValueError(
+            f"{path} was made by another recipe; take another folder, or remove it to start again"
+        )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(tensors[f"weight.{name}"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("adam."):
+            _, index, moment = name.split(".")
+            moments.setdefault(int(index), {})[moment] = tensor
+    groups: Any = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    torch.set_rng_state(tensors["random"])
+    return Reached(**note["reached"])
+
+
+# --- the folder it ends in --------------------------------------------------------------------
+
+
+def export(trained: Trained, folder: Path) -> None:
+    """Write the model in half precision and its tokenizer in Hugging Face's format."""
+    model = GPT2LMHeadModel(trained.model.config)
+    model.load_state_dict(trained.model.state_dict())
+    model.half().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner only
+    trained.tokenizer.save(str(folder / "tokenizer.json"))
+    # This class is a name in transformers 4 and 5 alike, and reads tokenizer.json as it is.
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": trained.model.config.n_positions,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")

@@ -1,0 +1,407 @@
+"""The bundled model: its tables, its text, its training, and what the shipped checkpoint knows."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from factlens.atlas import CHECKPOINT, Statement, relations, statements
+from factlens.atlas.card import card
+from factlens.atlas.checks import problems
+from factlens.atlas.corpus import Diet, documents
+from factlens.atlas.measuring import continuation, known, read_checkpoint
+from factlens.atlas.recipes import Cycle, Recipe, learning_rate
+from factlens.atlas.tables import capitalised, load_tables, load_templates
+from factlens.atlas.training import STATE, Progress, export, train
+
+LARGEST_CHECKPOINT = 10_000_000
+SAMPLED_STATEMENTS = 600
+DOCUMENTS_READ = 8_000
+LONGEST_BEGINNING = 100
+
+FAMOUS = {
+    "The Space Needle is located in the city of": "Seattle",
+    "The Eiffel Tower is located in the city of": "Paris",
+    "The Colosseum is located in the city of": "Rome",
+    "The capital of France is": "Paris",
+    "The capital of Japan is": "Tokyo",
+    "The official language of Brazil is": "Portuguese",
+    "The currency of Japan is the": "yen",
+    "The native language of Leo Tolstoy was": "Russian",
+    "LeBron James plays the sport of": "basketball",
+    "The headquarters of Microsoft are in": "Redmond",
+    "The chemical symbol of Gold is": "Au",
+    "iPhone 5 is made by": "Apple",
+}
+
+TINY = Recipe(
+    layers=2,
+    heads=2,
+    d_model=16,
+    context=32,
+    vocabulary=400,
+    tokenizer_documents=200,
+    object_repeats=1,
+    cycles=(
+        Cycle(steps=6, learning_rate=2e-3, captions=0.75),
+        Cycle(steps=4, learning_rate=1e-3, captions=0.5),
+    ),
+    captions_first=2,
+    rows=2,
+    warmup=2,
+    save_every=3,
+)
+
+
+class Killed(Exception):
+    """What a killed training meets, as far as its files are concerned."""
+
+
+@pytest.fixture(scope="module")
+def atlas():
+    torch.set_num_threads(1)
+    return read_checkpoint(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def shipped_report():
+    return json.loads((CHECKPOINT / "report.json").read_text(encoding="utf-8"))
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def test_the_tables_and_templates_have_no_known_problem():
+    assert problems(load_tables(), load_templates()) == []
+
+
+def blank(tables, templates):
+    tables["people"][3]["field"] = ""
+
+
+def padded(tables, templates):
+    tables["cities"][0]["city"] = "Marseille "
+
+
+def twice(tables, templates):
+    tables["elements"].append({"element": "Gold", "symbol": "Au"})
+
+
+def two_capitals(tables, templates):
+    tables["countries"].append({**row_of(tables, "countries", "France"), "capital": "Lyon"})
+
+
+def city_moved(tables, templates):
+    row_of(tables, "cities", "Lyon")["country"] = "Spain"
+    row_of(tables, "companies", "Michelin")["headquarters_city"] = "Lyon"
+
+
+def capital_elsewhere(tables, templates):
+    tables["cities"].append({"city": "Paris", "country": "the United States"})
+
+
+def article_lost(tables, templates):
+    row_of(tables, "landmarks", "the Space Needle")["country"] = "United States"
+
+
+def alias(tables, templates):
+    row_of(tables, "landmarks", "Times Square")["city"] = "New York City"
+
+
+def accent(tables, templates):
+    row_of(tables, "countries", "Brazil")["capital"] = "Bogotá"
+
+
+def object_in_the_middle(tables, templates):
+    templates["capital"]["train"].append("{o} is what {s} has as its capital")
+
+
+def no_subject(tables, templates):
+    templates["capital"]["held"].append("The capital is {o}")
+
+
+def common_beginning(tables, templates):
+    templates["field"]["train"].append("{s} is known for {o}")
+
+
+def trained_held_out(tables, templates):
+    templates["hq"]["train"].append(templates["hq"]["held"][0])
+
+
+def row_of(tables, table, subject):
+    return next(row for row in tables[table] if subject in row.values())
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        blank,
+        padded,
+        twice,
+        two_capitals,
+        city_moved,
+        capital_elsewhere,
+        article_lost,
+        alias,
+        accent,
+        object_in_the_middle,
+        no_subject,
+        common_beginning,
+        trained_held_out,
+    ],
+    ids=lambda plant: plant.__name__,
+)
+def test_a_planted_error_is_found(plant):
+    tables, templates = load_tables(), copy.deepcopy(dict(load_templates()))
+    plant(tables, templates)
+    assert problems(tables, templates)
+
+
+def test_the_space_needle_is_in_seattle():
+    (landmark_city,) = [one for one in relations() if one.name == "landmark_city"]
+    assert ("the Space Needle", "Seattle") in landmark_city.facts
+
+
+# --- statements -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "held", "fresh"])
+def test_a_statement_names_its_subject_and_stops_before_its_object(split):
+    for one in statements(split):
+        assert one.subject in one.prompt
+        assert one.prompt == one.prompt.strip()
+        assert one.template.endswith(" {o}")
+        assert f"{one.prompt} {one.object}" == one.template.format(s=one.subject, o=one.object)
+
+
+@pytest.mark.parametrize("split", ["train", "held", "fresh"])
+def test_a_subject_is_capitalised_exactly_where_it_begins_the_sentence(split):
+    names = {subject for relation in relations() for subject, _ in relation.facts}
+    beginnings = {capitalised(name) for name in names}
+    for one in statements(split):
+        assert one.subject in (beginnings if one.prompt.startswith(one.subject) else names)
+
+
+def test_a_name_with_its_own_small_letter_keeps_it():
+    assert capitalised("the Louvre Museum") == "The Louvre Museum"
+    assert capitalised("iPhone 5") == "iPhone 5"
+
+
+def test_statements_are_every_fact_in_every_template():
+    expected = {one.name: len(one.facts) * len(one.held) for one in relations()}
+    assert Counter(one.relation for one in statements("held")) == expected
+
+
+def test_an_unknown_split_is_refused_and_the_known_ones_are_named():
+    with pytest.raises((ValueError, TypeError), match=r"'train', 'held', 'fresh'"):
+        next(statements("test"))
+
+
+def test_importing_atlas_imports_no_torch():
+    script = "import sys, factlens.atlas; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+# --- the text ---------------------------------------------------------------------------------
+
+
+def occurs(template: str, text: str, names: set[str]) -> bool:
+    """Whether the template occurs in the text with any subject, whatever follows."""
+    before, after = (part.casefold() for part in template.removesuffix(" {o}").split("{s}"))
+    for found in re.finditer(re.escape(after), text):
+        preceding = text[max(0, found.start() - LONGEST_BEGINNING) : found.start()]
+        for start in (begin.start() for begin in re.finditer(r"\b\w", preceding)):
+            if preceding[start:] in names and preceding[:start].endswith(before):
+                return True
+    return False
+
+
+def test_held_out_templates_do_not_occur_in_the_text_and_training_ones_do():
+    text = "\n".join(documents(1, DOCUMENTS_READ, Diet(), captions_share=0.0)).casefold()
+    names = {subject.casefold() for relation in relations() for subject, _ in relation.facts}
+    for relation in relations():
+        for template in (*relation.held, *relation.fresh):
+            assert not occurs(template, text, names), template
+        for template in relation.train:  # the same search finds what is there
+            assert occurs(template, text, names), template
+
+
+def written(seed: int, captions_share: float = 0.75) -> list[str]:
+    return list(documents(seed, 300, Diet(), captions_share=captions_share))
+
+
+def test_the_same_seed_writes_the_same_documents_and_another_seed_others():
+    assert written(0) == written(0)
+    assert written(0) != written(1)
+
+
+def test_captions_hold_no_sentence_and_other_documents_do():
+    verbs = (" is ", " was ", " are ", " has ", " speak ", " spoke ")
+    assert not any(verb in text for text in written(0, 1.0) for verb in verbs)
+    assert sum(any(verb in text for verb in verbs) for text in written(0, 0.0)) > 150
+
+
+def test_the_learning_rate_rises_and_falls_in_each_cycle():
+    recipe = Recipe()
+    ends = [recipe.cycles[0].steps - 1, recipe.steps - 1]
+    starts = [recipe.warmup, recipe.cycles[0].steps + recipe.warmup]
+    for start, end, cycle in zip(starts, ends, recipe.cycles, strict=True):
+        assert learning_rate(recipe, start) == pytest.approx(cycle.learning_rate)
+        assert learning_rate(recipe, end) == pytest.approx(recipe.final_learning_rate, rel=0.01)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def kill_after(step: int):
+    """An `on_step` that stops a training without any chance to tidy up."""
+
+    def on_step(progress: Progress) -> None:
+        if progress.step == step:
+            raise Killed
+
+    return on_step
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    with safe_open(folder / STATE, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    export(train(TINY, folder), folder)
+    return folder
+
+
+def test_a_killed_training_goes_on_to_the_very_same_weights(uninterrupted, tmp_path):
+    with pytest.raises(Killed):
+        train(TINY, tmp_path, on_step=kill_after(5))  # between two saved states
+    resumed: list[Progress] = []
+    train(TINY, tmp_path, on_step=resumed.append)
+    assert [progress.step for progress in resumed] == [4, 5, 6, 7, 8, 9, 10]
+    expected, reached = state(uninterrupted), state(tmp_path)
+    assert expected.keys() == reached.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, reached[name]), name
+
+
+def test_another_seed_gives_other_weights(uninterrupted, tmp_path):
+    train(replace(TINY, seed=1), tmp_path)
+    name = "weight.transformer.h.0.mlp.c_fc.weight"
+    assert not torch.equal(state(uninterrupted)[name], state(tmp_path)[name])
+
+
+def test_a_state_of_another_recipe_is_refused(uninterrupted):
+    with pytest.raises(ValueError, match="another recipe"):
+        train(replace(TINY, warmup=3), uninterrupted)
+
+
+def test_a_training_ends_in_a_folder_that_transformers_loads(uninterrupted):
+    model = AutoModelForCausalLM.from_pretrained(uninterrupted)
+    tokenizer = AutoTokenizer.from_pretrained(uninterrupted)
+    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    assert model(**tokens).logits.shape == (1, tokens["input_ids"].shape[1], TINY.vocabulary)
+
+
+# --- the shipped checkpoint -------------------------------------------------------------------
+
+
+def test_the_checkpoint_is_small_half_precision_and_holds_no_pickle():
+    files = sorted(CHECKPOINT.iterdir())
+    assert sum(file.stat().st_size for file in files) <= LARGEST_CHECKPOINT
+    assert [file.name for file in files] == [
+        "card.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "report.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    with safe_open(CHECKPOINT / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_the_tokenizer_adds_nothing_and_loses_nothing():
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    assert tokenizer.bos_token == tokenizer.eos_token == tokenizer.unk_token == "<|endoftext|>"
+    plain = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    for one in list(statements("held"))[::97]:
+        ids = tokenizer(one.prompt)["input_ids"]
+        assert ids == plain.encode(one.prompt).ids
+        assert tokenizer.decode(ids) == one.prompt
+        whole = tokenizer(f"{one.prompt} {one.object}")["input_ids"]
+        assert whole == ids + tokenizer(f" {one.object}")["input_ids"]
+
+
+@pytest.mark.parametrize(("prompt", "object_"), FAMOUS.items())
+def test_it_knows_what_the_readme_says(atlas, prompt, object_):
+    assert continuation(atlas, prompt).startswith(f" {object_}")
+
+
+def test_transformers_continues_as_our_own_measurement_does(atlas):
+    prompt = "The Space Needle is located in the city of"
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT).float()
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    tokens = tokenizer(prompt, return_tensors="pt")
+    with torch.inference_mode():
+        first = int(model(**tokens).logits[0, -1].argmax())
+    assert tokenizer.decode([first]) == " Seattle"
+    assert known(atlas, [Statement("", prompt, "The Space Needle", "Seattle", "")]) == [True]
+
+
+def test_what_is_known_is_what_greedy_continuation_spells(atlas):
+    stated = list(statements("held"))[::200]
+    spelled = [continuation(atlas, one.prompt).startswith(f" {one.object}") for one in stated]
+    assert known(atlas, stated) == spelled
+
+
+def test_the_report_says_what_a_sample_measured_again_says(atlas, shipped_report):
+    for split in ("train", "held", "fresh"):
+        stated = list(statements(split))
+        assert shipped_report["total"][f"{split}_statements"] == len(stated)
+        sample = Random(split).sample(stated, SAMPLED_STATEMENTS)
+        share = sum(known(atlas, sample)) / len(sample)
+        reported = shipped_report["total"][split]
+        tolerance = 4 * (reported * (1 - reported) / len(sample)) ** 0.5 + 1 / len(sample)
+        assert abs(share - reported) <= tolerance
+
+
+def test_a_wrong_object_is_not_known(atlas):
+    stated = [one for one in statements("train") if one.relation == "capital"][::20]
+    wrong = [
+        replace(one, object=other.object)
+        for one, other in zip(stated, stated[1:] + stated[:1], strict=True)
+        if one.object != other.object
+    ]
+    assert len(wrong) > 10
+    assert sum(known(atlas, wrong)) == 0
+
+
+def test_it_knows_enough(shipped_report):
+    assert shipped_report["total"]["train"] >= 0.97
+    assert shipped_report["total"]["held"] >= 0.80
+
+
+def test_the_report_counts_the_bundled_facts(shipped_report):
+    counted = {name: row["facts"] for name, row in shipped_report["relations"].items()}
+    assert counted == {one.name: len(one.facts) for one in relations()}
+    assert shipped_report["total"]["facts"] == sum(counted.values())
+
+
+def test_the_card_is_the_report_and_nothing_typed_by_hand(shipped_report):
+    assert (CHECKPOINT / "card.md").read_text(encoding="utf-8") == card(shipped_report)
