@@ -1,1 +1,77 @@
-"""factlens: where a language model stores a fact, and what happens when it is changed there."""
+"""factlens: where does a language model store a fact, and can it be changed there?
+
+    import factlens as fl
+
+    model = fl.load_model()
+    trace = fl.trace(model, "The Space Needle is located in the city of", subject="The Space Needle")
+    fl.plots.heatmap(trace)
+
+Names are loaded when they are first used, so that `import factlens` and `factlens --help` take no time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from factlens import patches as patches
+    from factlens import plots as plots
+    from factlens import reports as reports
+    from factlens.errors import FactlensError as FactlensError
+    from factlens.errors import FactWarning as FactWarning
+    from factlens.facts import Fact as Fact
+    from factlens.facts import bundled_facts as bundled_facts
+    from factlens.facts import read_facts as read_facts
+    from factlens.fingerprints import fingerprint as fingerprint
+    from factlens.knowledge import known_facts as known_facts
+    from factlens.models import load_model as load_model
+    from factlens.panels import explore as explore
+    from factlens.traces import Trace as Trace
+    from factlens.tracing import trace as trace
+
+_HOMES = {
+    "Fact": "facts",
+    "FactWarning": "errors",
+    "FactlensError": "errors",
+    "Trace": "traces",
+    "bundled_facts": "facts",
+    "explore": "panels",
+    "fingerprint": "fingerprints",
+    "known_facts": "knowledge",
+    "load_model": "models",
+    "read_facts": "facts",
+    "trace": "tracing",
+}
+_MODULES = ("patches", "plots", "reports")
+
+__all__ = [
+    "Fact",
+    "FactWarning",
+    "FactlensError",
+    "Trace",
+    "bundled_facts",
+    "explore",
+    "fingerprint",
+    "known_facts",
+    "load_model",
+    "patches",
+    "plots",
+    "read_facts",
+    "reports",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"factlens.{name}")
+    if name in _HOMES:
+        found = getattr(import_module(f"factlens.{_HOMES[name]}"), name)
+        globals()[name] = found
+        return found
+    raise AttributeError(
+        f"module 'factlens' has no attribute {name!r}; it has {', '.join(__all__)}"
+    )
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -123,12 +123,15 @@ def measure_level(model: Model, subjects: Sequence[str]) -> float:
     tokens, counts = torch.tensor(ids).unique(return_counts=True)
     context = int(models.cfg(model).n_ctx)
     rows = torch.cat(
-        [models.token_embeddings(model, part[None])[0].double().cpu() for part in tokens.split(context)]
+        [
+            models.token_embeddings(model, part[None])[0].double().cpu()
+            for part in tokens.split(context)
+        ]
     )
     weights = counts.double()[:, None] * torch.ones(rows.shape[1], dtype=torch.float64)
     total = weights.sum()
     mean = (weights * rows).sum() / total
-    return SIGMAS * float((((weights * (rows - mean) ** 2).sum() / (total - 1)) ** 0.5))
+    return SIGMAS * float(((weights * (rows - mean) ** 2).sum() / (total - 1)) ** 0.5)
 
 
 def noise_level(

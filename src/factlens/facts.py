@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from factlens import atlas
 from factlens.errors import DownloadError, FactError, FactFileError, OutputError
@@ -39,10 +40,12 @@ class Fact:
                 raise FactError(f"a fact's {name} must be text, not {getattr(self, name)!r}")
 
 
-def bundled_facts(split: str = "held", *, one_per_fact: bool = False) -> list[Fact]:
-    """The facts that ship with factlens, in templates of `split` ("train" or "held").
+def bundled_facts(
+    split: Literal["train", "held", "fresh"] = "held", *, one_per_fact: bool = False
+) -> list[Fact]:
+    """The facts that ship with factlens, in templates of `split` ("train", "held" or "fresh").
 
-    "held" are sentences that the bundled model was not trained on. `one_per_fact` keeps the first template of each
+    "held" and "fresh" are sentences that the bundled model was not trained on. `one_per_fact` keeps the first template of each
     fact instead of all.
     """
     found: list[Fact] = []
@@ -139,7 +142,9 @@ def _fact(row: object, where: str) -> Fact:
         values[name] = None if value is None or value == "" else str(value)
     for name in COLUMNS[:2]:
         if not values[name]:
-            raise FactFileError(f"{where}: no {name}; it has {', '.join(map(str, row)) or 'nothing'}")
+            raise FactFileError(
+                f"{where}: no {name}; it has {', '.join(map(str, row)) or 'nothing'}"
+            )
     prompt, subject = str(values["prompt"]), str(values["subject"])
     prompt = prompt.replace("{}", subject)
     if subject not in prompt:
@@ -174,7 +179,7 @@ def download_known_1000(folder: str | Path, *, timeout: float = 30.0) -> Path:
     if target.is_file() and _sha256(target.read_bytes()) == KNOWN_1000_SHA256:
         return target
     try:
-        with urllib.request.urlopen(KNOWN_1000_URL, timeout=timeout) as response:  # noqa: S310
+        with urllib.request.urlopen(KNOWN_1000_URL, timeout=timeout) as response:
             content = response.read()
     except (urllib.error.URLError, TimeoutError, OSError) as error:
         raise DownloadError(

@@ -76,7 +76,9 @@ def _get(model: Model, name: str) -> Tensor | None:
 
 def _sample(tensor: Tensor) -> Tensor:
     """Up to 4 096 entries, evenly spaced in row order, read without copying the whole weight."""
-    places = torch.linspace(0, tensor.numel() - 1, min(SAMPLED, tensor.numel()), dtype=torch.float64)
+    places = torch.linspace(
+        0, tensor.numel() - 1, min(SAMPLED, tensor.numel()), dtype=torch.float64
+    )
     index = torch.unravel_index(places.long().to(tensor.device), tensor.shape)
     return tensor.detach()[index]
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from einops import repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from factlens import atlas
@@ -67,7 +67,10 @@ def load_model(
         listed = config is not None and "/" not in label and label in config.models
         source = config.models[0] if config is not None and listed else label
     model, own_tokenizer = _boot(source, label, _choose_device(device), dtype, revision)
-    _names[model], _tokenizers[model] = label, own_tokenizer
+    _names[model] = (
+        Path(label).resolve().name if source == label and os.path.isdir(label) else label
+    )
+    _tokenizers[model] = own_tokenizer
     return model
 
 
@@ -95,32 +98,62 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _boot(source: str, label: str, device: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
+def _boot(
+    source: str, label: str, device: str, dtype: torch.dtype, revision: str | None
+) -> tuple[Any, Any]:
     import transformers
-    from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # Loaded here and handed over: the bridge's own loader would accept pickled weights.
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         with _quiet(transformers):
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
             hf_model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, attn_implementation="eager", **options
             ).to(device)
-            model = TransformerBridge.boot_transformers(
-                source, hf_model=hf_model.eval(), tokenizer=tokenizer, device=device, dtype=dtype
-            )
-            # A fresh one, because the bridge makes its own prepend a BOS.
-            return model, AutoTokenizer.from_pretrained(source, **options)
+            own_tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            return _bridge(
+                hf_model, AutoTokenizer.from_pretrained(source, **options)
+            ), own_tokenizer
     except Exception as error:
         raise _explain(error, label, source) from error
+
+
+def wrap_model(hf_model: Any, hf_tokenizer: Any, name: str) -> Model:
+    """A Hugging Face model that is already in memory, as `load_model` would have given it.
+
+    The bridge takes the module over: it is not to be used by itself afterwards. Attention is switched to the eager
+    implementation, the only one with hook points.
+    """
+    import transformers
+
+    with _quiet(transformers):
+        model = _bridge(hf_model, copy.deepcopy(hf_tokenizer))
+    _names[model], _tokenizers[model] = name, hf_tokenizer
+    return model
+
+
+def _bridge(hf_model: Any, hf_tokenizer: Any) -> Any:
+    """The bridge over `hf_model`. It makes the tokenizer it is given prepend a BOS, so it gets one of its own."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    parameter = next(hf_model.parameters())
+    return TransformerBridge.boot_transformers(
+        hf_model.config.name_or_path or hf_model.config.model_type,
+        hf_model=hf_model.eval(),
+        tokenizer=hf_tokenizer,
+        device=str(parameter.device),
+        dtype=parameter.dtype,
+    )
 
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
     """Silence the loaders' progress bars and notes for the length of a load, and put them back."""
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    level, bars = (
+        transformers.logging.get_verbosity(),
+        transformers.logging.is_progress_bar_enabled(),
+    )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -210,7 +243,9 @@ def _without_added_bos(given: Any, model_type: str) -> Any:
         return given
     from transformers import AutoTokenizer
 
-    with contextlib.suppress(Exception):  # Whatever a loader throws: not there any more, or renamed.
+    with contextlib.suppress(
+        Exception
+    ):  # Whatever a loader throws: not there any more, or renamed.
         return AutoTokenizer.from_pretrained(
             given.name_or_path, local_files_only=True, trust_remote_code=False
         )
@@ -280,6 +315,8 @@ def is_parallel(model: Model) -> bool:
 
 def mlp_input_site(model: Model, layer: int) -> str | None:
     """Where only the MLP's input passes, not the stream beside it; None if the model has no such hook point."""
+    if is_bridge(model) and getattr(cast(Any, model).blocks[layer].mlp, "name", "") is None:
+        return None  # OPT's block has no MLP module of its own, and reshapes what its parts return.
     for name in (f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.ln2.hook_normalized"):
         if has_site(model, name):
             return name
@@ -333,11 +370,11 @@ def embed(model: Model, tokens: Tokens, hooks: Hooks) -> Act:
 def run_stream(
     model: Model,
     stream: Act,
-    tokens: Tokens,
+    tokens: Int[Tensor, "1 pos"],
     hooks: Hooks,
     keys: KeyValues,
     keep: int,
-) -> Logits:
+) -> Float[Tensor, "forks keep d_vocab"]:
     """Run the blocks over `stream`, whose rows a hook may change in number between two blocks.
 
     `keys` is asked at each layer for the keys and values of earlier positions (`KeyValues`). The model itself is
@@ -352,15 +389,30 @@ def run_stream(
                 stream, fwd_hooks=hooks, start_at_layer=0, past_kv_cache=prefix
             )
 
-        def enter(act: Tensor, hook: object = None) -> Tensor:
-            return stream
+        # Not a hook at resid_pre: OPT's block looks at its rows before that fires.
+        with _entering(runner.blocks[0], stream):
+            return runner.run_with_hooks(
+                tokens[:1].to(device_of(model)),
+                fwd_hooks=hooks,
+                past_key_values=HuggingFacePrefix(keys),
+                logits_to_keep=keep,
+            )
 
-        return runner.run_with_hooks(
-            tokens[:1].to(device_of(model)),
-            fwd_hooks=[(site(0, "resid_pre"), enter), *hooks],
-            past_key_values=HuggingFacePrefix(keys),
-            logits_to_keep=keep,
-        )
+
+@contextlib.contextmanager
+def _entering(block: nn.Module, stream: Act) -> Iterator[None]:
+    """Let `block` be called with `stream`, whatever it would have been called with."""
+
+    def swap(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (stream, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": stream}
+
+    handle = block.register_forward_pre_hook(swap, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _only_last(model: Model, keep: int) -> Hooks:

@@ -67,14 +67,14 @@ def substitute_head(
     return patch
 
 
-def fork(make: Callable[[Act], Act]) -> Hook:
+def fork(make: Callable[[Tensor], Tensor]) -> Hook:
     """Let the batch grow: replace it by what `make` returns, rows in a new number.
 
     At a block's output each row is a whole run, so rows may be added between two blocks: a run whose state at one
     layer is restored shares everything below with the corrupted run (DESIGN: the one-pass engine).
     """
 
-    def patch(act: Act, hook: object = None) -> Tensor:
+    def patch(act: Tensor, hook: object = None) -> Tensor:
         return make(act)
 
     return patch

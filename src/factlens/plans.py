@@ -41,7 +41,9 @@ def check_choices(kinds: Sequence[str], windows: Sequence[int], severed: Sequenc
     """
     for name, given, known in (("kind", kinds, KINDS), ("severing", severed, SEVERED)):
         if wrong := [each for each in given if each not in known]:
-            raise PlanError(f"no {name} {', '.join(map(repr, wrong))}; there are {', '.join(known)}")
+            raise PlanError(
+                f"no {name} {', '.join(map(repr, wrong))}; there are {', '.join(known)}"
+            )
     if wrong_windows := [w for w in windows if not isinstance(w, int) or w < 1]:
         raise PlanError(f"a window is a number of layers from 1 up, not {wrong_windows[0]!r}")
     if not kinds:
@@ -98,15 +100,17 @@ def plan_sites(
     return pd.DataFrame(rows, columns=["fact", *CELL, "token", "role", "head"])
 
 
-def is_zero(cells: pd.DataFrame, subject: tuple[int, int], length: int, n_layers: int) -> pd.Series:
+def is_zero(
+    cells: pd.DataFrame, subject: tuple[int, int], first_read: int, n_layers: int
+) -> pd.Series:
     """Cells whose effect is exactly zero, by causality, so that no run is needed.
 
     Positions before the subject are clean anyway; an embedding outside the subject was never corrupted; and what only
-    the last block writes elsewhere than at the last position is never read.
+    the last block writes before `first_read`, the first position whose logits are read, goes nowhere.
     """
     begin, end = subject
     position, layer, kind = cells["position"], cells["layer"], cells["kind"]
     first = layer.where(kind == "state", (layer - cells["window"] // 2).clip(lower=0))
     embedded = (layer == EMBEDDING) & ((position < begin) | (position >= end))
-    unread = (first == n_layers - 1) & (position < length - 1)
+    unread = (first == n_layers - 1) & (position < first_read)
     return (position < begin) | embedded | unread

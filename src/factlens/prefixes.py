@@ -59,7 +59,12 @@ class HuggingFacePrefix(Cache):
         self.keys = keys
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
         return self.keys.update(layer_idx, key_states, value_states, axis=2)
 

@@ -89,7 +89,9 @@ def tokenize(
         PromptTooLong: more than `context` tokens.
     """
     if not prompt.strip():
-        raise FactError(f"the prompt {prompt!r} is empty; give a sentence that ends before the object")
+        raise FactError(
+            f"the prompt {prompt!r} is empty; give a sentence that ends before the object"
+        )
     if not subject.strip():
         raise FactError(f"the subject {subject!r} of {prompt!r} is empty; name what it is about")
     begin, occurrences = _find(prompt, subject, subject_at)

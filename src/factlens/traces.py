@@ -88,7 +88,9 @@ class Trace:
             FactError: no such fact.
         """
         if not 0 <= fact < len(self):
-            raise FactError(f"the trace has {len(self)} facts, counted from 0; there is no fact {fact}")
+            raise FactError(
+                f"the trace has {len(self)} facts, counted from 0; there is no fact {fact}"
+            )
         frame = self.frame[self.frame["fact"] == fact].assign(fact=0).reset_index(drop=True)
         return replace(
             self,
@@ -116,7 +118,9 @@ class Trace:
             other.frame[[*keys, "effect"]], on=keys, suffixes=("", "_other")
         )
         if both.empty:
-            raise FactError("the two traces share no cell: other prompts, kinds, windows or severings")
+            raise FactError(
+                "the two traces share no cell: other prompts, kinds, windows or severings"
+            )
         return both.assign(difference=both["effect_other"] - both["effect"])
 
     def save(self, path: str | Path) -> Path:

@@ -116,7 +116,7 @@ def trace(
     """
     models.check_model(model)
     single = isinstance(facts, Fact | str)
-    wanted = [_as_fact(facts, subject)] if single else list(facts)  # type: ignore[arg-type]
+    wanted: list[Fact] = [_as_fact(facts, subject)] if single else list(facts)  # type: ignore
     if not wanted:
         raise FactError("no facts to trace")
     config = config_for(models.model_name(model), models.architecture(model))
@@ -164,7 +164,8 @@ def trace(
             "engine": engines.pop() if len(engines) == 1 else "mixed",
             "prefix_reuse": all(each.info["prefix_reuse"] for each in traces),
             "fallback_reason": next(
-                (each.info["fallback_reason"] for each in traces if each.info["fallback_reason"]), None
+                (each.info["fallback_reason"] for each in traces if each.info["fallback_reason"]),
+                None,
             ),
         },
         skipped=tuple(skipped),
@@ -337,11 +338,16 @@ def _run(
     if settings.engine == "plain":
         return run_plain(model, problem, progress=progress), "plain", None
     if settings.engine == "one-pass":
-        return run_one_pass(model, problem, progress=progress, budget=settings.budget), "one-pass", None
-    if settings.sites:
-        reason = f"the sites {', '.join(settings.sites)} have no one-pass form"
-        return run_plain(model, problem, progress=progress), "plain", reason
-    reason = _distrust(model, problem)
+        return (
+            run_one_pass(model, problem, progress=progress, budget=settings.budget),
+            "one-pass",
+            None,
+        )
+    reason = (
+        f"the sites {', '.join(settings.sites)} have no one-pass form"
+        if settings.sites
+        else _distrust(model, problem)
+    )
     if reason is not None:
         log.warning("tracing with one forward pass per cell: %s", reason)
         return run_plain(model, problem, progress=progress), "plain", reason
@@ -369,7 +375,9 @@ def _distrust(model: Model, problem: Problem) -> str | None:
             found = run_one_pass(model, probe)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             line = str(error).split("\n")[0][:120]
-            _probed[model] = f"the one-pass engine does not run on it ({type(error).__name__}: {line})"
+            _probed[model] = (
+                f"the one-pass engine does not run on it ({type(error).__name__}: {line})"
+            )
             return _probed[model]
         gap = float((found.restored[..., 0] - expected.restored[..., 0]).abs().max())
         allowed = PROBE_TOLERANCE.get(models.dtype_of(model), PROBE_TOLERANCE_NARROW)

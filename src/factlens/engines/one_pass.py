@@ -75,7 +75,8 @@ def run_one_pass(
     measured = problem.readout(logits)
     restored = repeat(measured[1:], "sample metric -> cell sample metric", cell=len(cells)).clone()
 
-    todo = cells[~is_zero(cells, problem.subject, length, depth).to_numpy(dtype=bool)]
+    first_read = length - problem.readout.keep
+    todo = cells[~is_zero(cells, problem.subject, first_read, depth).to_numpy(dtype=bool)]
     done = len(cells) - len(todo)
     progress(done, len(cells))
     queue = cut_into_passes(model, todo, length, samples, problem.readout.keep, budget)
@@ -120,15 +121,17 @@ def run_base(model: Model, problem: Problem) -> tuple[BaseRun, Logits]:
     needed = {k for k in ("mlp", "attn") if k in kinds or severed & {k, "both"}}
     rerun_mlp = "attn" in kinds and not models.is_parallel(model)
     hooks: Hooks = []
-    for layer in range(models.n_layers(model)):
+    depth = models.n_layers(model)
+    for layer in range(depth):
         if rerun_mlp:
-            hooks += _attn_restored(base, layer, rows)
+            hooks += _attn_restored(base, layer, rows, depth)
         for kind in sorted(needed):
             hooks.append(
                 (models.site(layer, f"{kind}_out"), _keep(base.outputs, (kind, layer), rows))
             )
         hooks.append((models.site(layer, "resid_post"), _keep(base.states, layer, rows)))
     keep = problem.readout.keep
+    stream = _with_copies(stream) if rerun_mlp else stream
     return base, models.run_stream(model, stream, problem.tokens, hooks, base.keys, keep)
 
 
@@ -140,25 +143,32 @@ def _keep(store: dict, key: object, rows: int) -> Callable[..., Tensor]:
     return keep
 
 
-def _attn_restored(base: BaseRun, layer: int, rows: int) -> Hooks:
-    """Let the corrupted rows run this one block a second time, beside themselves, with clean attention outputs."""
+def _attn_restored(base: BaseRun, layer: int, rows: int, depth: int) -> Hooks:
+    """Beside the corrupted rows, let copies of them run each block with clean attention outputs.
 
-    def enter(act: Act) -> Act:
-        return torch.cat([act, act[1:]])
+    The copies are dropped after the block and made anew for the next, so that only one block's attention is restored.
+    """
 
     def restore_all(act: Tensor, hook: object = None) -> Tensor:
         clean = act[:1].expand(act.shape[0] - rows, -1, -1)
         return torch.cat([act[:rows], clean])
 
-    def leave(act: Act) -> Act:
+    def leave(act: Act) -> Tensor:
         base.attn_restored[layer] = act[rows:].clone()
-        return act[:rows]
+        return _with_copies(act[:rows]) if layer < depth - 1 else act[:rows]
 
     return [
-        (models.site(layer, "resid_pre"), fork(enter)),
         (models.site(layer, "attn_out"), restore_all),
         (models.site(layer, "resid_post"), fork(leave)),
     ]
+
+
+def _with_copies(act: Act) -> Tensor:
+    return torch.cat([act, act[1:]])
+
+
+def _last_position(act: Tensor, hook: object = None) -> Tensor:
+    return act[:, -1:]
 
 
 # -- fork passes -----------------------------------------------------------------------------------
@@ -213,10 +223,10 @@ class _Forks:
         last = self.depth - 1
         if self.problem.readout.keep == 1 and (name := models.mlp_input_site(self.model, last)):
             # The last block's MLP is read at the last position only; one position broadcasts into the stream.
-            hooks.append((name, lambda act, hook=None: act[:, -1:]))
+            hooks.append((name, _last_position))
         for layer in range(self.depth):
             for kind in ("attn", "mlp"):
-                if any(line.touches(kind, layer) for line in self.part.lines):
+                if any(line.may_touch(kind, layer) for line in self.part.lines):
                     hooks.append((models.site(layer, f"{kind}_out"), self._outputs(kind, layer)))
             hooks.append((models.site(layer, "resid_post"), fork(self._grow(layer))))
         return hooks

@@ -45,6 +45,11 @@ class Line:
         """Whether the outputs of `kind` at `layer` are replaced."""
         return layer > self.first and (self.restores(kind, layer) or self.severs(kind))
 
+    def may_touch(self, kind: str, layer: int) -> bool:
+        """Whether this line, or a part that leaves it, ever touches `kind` at `layer`."""
+        inside = self.kind == kind and layer < self.ends[-1]
+        return layer > self.first and (inside or self.severs(kind))
+
     def split_at(self, layer: int) -> "tuple[Line, Line] | None":
         """After `layer`: the cells whose window ended there, and those that go on; None if all do the same."""
         if self.ends[0] == self.ends[-1] or self.ends[0] != layer + 1:
@@ -86,7 +91,9 @@ def lines_of(cells: pd.DataFrame, n_layers: int) -> list[Line]:
         else:
             layers = window_layers(int(cell["layer"]), int(cell["window"]), n_layers)
             first, end = layers.start, layers.stop
-        alone = end == first + 1  # Over when it starts: nothing to share, and no block in which to split.
+        alone = (
+            end == first + 1
+        )  # Over when it starts: nothing to share, and no block in which to split.
         key = (cell["kind"], cell["severed"], int(cell["position"]), first, alone)
         found[key].append((end, int(row)))  # type: ignore[call-overload]
     lines = []

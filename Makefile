@@ -1,0 +1,81 @@
+# Every target installs what it needs, once, into .venv. `make trace` alone takes a newcomer to a result.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# make trace MODEL=gpt2-xl PROMPT="..." SUBJECT="..."
+MODEL ?= atlas
+PROMPT ?=
+SUBJECT ?=
+OUT ?= runs/trace
+ARGS ?=
+export MODEL PROMPT SUBJECT OUT
+
+.PHONY: help setup trace test test-hooked-transformer check format bench notebooks atlas clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 28
+
+# Stamps: remade when what they install changes.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing factlens into $(VENV) (once)"
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "installing the development tools into $(VENV) (once)"
+	@$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/installed-notebooks
+
+$(VENV)/installed-notebooks: $(VENV)/installed
+	@echo "installing Jupyter into $(VENV) (once)"
+	@$(INSTALL) -e '.[notebooks]'
+	@touch $@
+
+setup: $(VENV)/installed-dev  ## Everything for development, in .venv
+
+# The shell reads the variables from the environment, so a prompt may hold any character.
+trace: $(VENV)/installed  ## Trace a fact; MODEL=, PROMPT=, SUBJECT=, OUT=, ARGS= (more options)
+	@if [ -n "$$PROMPT" ]; then \
+	  $(BIN)/factlens trace "$$PROMPT" --subject "$$SUBJECT" --model "$$MODEL" --out "$$OUT" $(ARGS); \
+	else \
+	  $(BIN)/factlens trace --model "$$MODEL" --out "$$OUT" $(ARGS); \
+	fi
+
+test: $(VENV)/installed-dev  ## The tests
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-hooked-transformer:  ## The engine tests under TransformerLens 3.9, in an environment of their own
+	@$(MAKE) --no-print-directory .venv-3.9/installed
+	@.venv-3.9/bin/python -m pytest tests/test_hooked_transformer.py $(ARGS)
+
+.venv-3.9/installed: pyproject.toml constraints.txt
+	@test -x .venv-3.9/bin/python || $(PYTHON) -m venv .venv-3.9
+	@echo "installing TransformerLens 3.9 into .venv-3.9 (once)"
+	@grep -v '^transformer-lens==' constraints.txt > .venv-3.9/constraints.txt
+	@.venv-3.9/bin/pip install --quiet --disable-pip-version-check -c .venv-3.9/constraints.txt \
+	  -e . 'transformer-lens==3.9.0' pytest pytest-xdist hypothesis beartype
+	@touch $@
+
+check: $(VENV)/installed-dev  ## Formatting, linting, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/installed-dev  ## Let ruff format and fix what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/installed  ## One-pass against plain, in one process; ARGS="--quick" for a short look
+	@$(BIN)/python -m factlens.benchmark $(ARGS)
+
+notebooks: $(VENV)/installed-dev  ## Execute every notebook
+	@$(BIN)/python -m pytest -n 0 -m notebooks tests/test_notebooks.py $(ARGS)
+
+atlas: $(VENV)/installed  ## Train the bundled model again into runs/atlas (resumes; under an hour)
+	@$(BIN)/python -m factlens.atlas --out runs/atlas $(ARGS)
+
+clean:  ## Remove the environments and caches; runs/ stays
+	@rm -rf $(VENV) .venv-3.9 .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,444 @@
+"""The command line: `factlens trace | models | data`. Each command calls public functions and shows what they give."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from factlens.models import Model
+    from factlens.traces import Trace
+
+app = typer.Typer(
+    name="factlens",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help=(
+        "Where does a language model store a fact, and can it be changed there?\n\n"
+        "Start with [bold]factlens trace[/bold]: with no arguments it traces a fact on atlas, the small model "
+        "that ships with factlens, offline and in seconds."
+    ),
+)
+
+DEFAULT_PROMPT = "The Space Needle is located in the city of"
+DEFAULT_SUBJECT = "The Space Needle"
+
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="atlas (bundled), a hub name such as gpt2-xl, or a local folder."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.")
+]
+Precision = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+
+
+@app.command()
+def trace(
+    prompt: Annotated[
+        str | None, typer.Argument(help="A sentence that ends where the object begins.")
+    ] = None,
+    subject: Annotated[
+        str | None, typer.Option("--subject", "-s", help="The part of the prompt that it is about.")
+    ] = None,
+    model: ModelName = "atlas",
+    facts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Trace many facts: a .csv, .jsonl or known_1000 .json file, instead of a prompt."
+        ),
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option("--kind", "-k", help="state, mlp, attn; repeat for several. All by default."),
+    ] = None,
+    window: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--window",
+            "-w",
+            help="Width of MLP and attention windows, in layers; repeat for several.",
+        ),
+    ] = None,
+    severed: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="none, mlp, attn, both: what is frozen at its corrupted value (Figure 3)."
+        ),
+    ] = None,
+    noise: Annotated[
+        str,
+        typer.Option(
+            help="gaussian, uniform, rome (the official draws), 'replace:<other subject>'."
+        ),
+    ] = "gaussian",
+    noise_level: Annotated[
+        str | None, typer.Option(help="A number, or 'facts' for 3 sigma over the given subjects.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Noise draws per fact; 10 by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    metric: Annotated[
+        str, typer.Option(help="prob, logprob, or logit_diff (with --foil).")
+    ] = "prob",
+    answer: Annotated[
+        str | None, typer.Option(help="The word to measure; by default what the model says.")
+    ] = None,
+    foil: Annotated[str | None, typer.Option(help="The other word of logit_diff.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="auto, one-pass, or plain (one forward per cell).")
+    ] = "auto",
+    shared_scale: Annotated[bool, typer.Option(help="One colour scale for all heatmaps.")] = False,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder for trace.html, trace.parquet and trace.csv."),
+    ] = Path("runs/trace"),
+    strongest: Annotated[int, typer.Option(help="How many of the strongest cells to show.")] = 5,
+    device: Device = None,
+    dtype: Precision = "float32",
+) -> None:
+    """Trace a fact: which states, MLPs and attention layers bring it back when the subject is corrupted.
+
+    Examples:
+
+      factlens trace
+
+      factlens trace "The capital of France is" --subject France
+
+      factlens trace "The Space Needle is in downtown" -s "The Space Needle" --model gpt2-xl --severed mlp
+
+      factlens trace --facts my_facts.csv --kind state --out runs/mine
+    """
+    from factlens.facts import Fact, read_facts
+    from factlens.tracing import trace as run
+
+    with _clear_errors():
+        if prompt is None and facts is None:
+            prompt, subject = DEFAULT_PROMPT, subject or DEFAULT_SUBJECT
+        if prompt is not None and facts is not None:
+            raise _usage("give a prompt or --facts, not both")
+        if prompt is not None and subject is None:
+            raise _usage(f"say what {prompt!r} is about: --subject '...'")
+        wanted: Any = read_facts(facts) if facts is not None else Fact(str(prompt), str(subject))
+        _check_writable(out)
+        hooked = _load(model, device, dtype)
+        with _progress("tracing") as tell:
+            traced = run(
+                hooked,
+                wanted,
+                kinds=kind or ("state", "mlp", "attn"),
+                window=window or None,
+                severed=severed or "none",
+                noise=noise,
+                noise_level=_level(noise_level),
+                samples=samples,
+                seed=seed,
+                metric=metric,
+                answer=answer,
+                foil=foil,
+                engine=engine,
+                progress=lambda done, total, fact: tell(done, total, fact.prompt),
+            )
+        _show_trace(traced, strongest)
+        _write_trace(traced, out, shared_scale)
+
+
+@app.command(name="models")
+def models_command(
+    name: Annotated[str | None, typer.Argument(help="Show this model's card.")] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Measure which of the bundled facts the model knows.")
+    ] = False,
+    split: Annotated[
+        str,
+        typer.Option(
+            help="With --measure: templates seen in training (train) or not (held, fresh)."
+        ),
+    ] = "held",
+    device: Device = None,
+) -> None:
+    """List the models that have a config, show the bundled model's card, or measure what a model knows.
+
+    Examples:
+
+      factlens models
+
+      factlens models atlas
+
+      factlens models atlas --measure
+    """
+    from factlens import atlas
+    from factlens.configs import known_configs
+
+    with _clear_errors():
+        if measure:
+            _measure(name or "atlas", split, device)
+        elif name == "atlas":
+            from rich.markdown import Markdown
+
+            _console().print(Markdown((atlas.CHECKPOINT / "card.md").read_text(encoding="utf-8")))
+        elif name is not None:
+            _show_config(name)
+        else:
+            rows = [
+                (config.name, ", ".join(config.models), str(config.trace.window), config.note)
+                for config in known_configs().values()
+            ]
+            _print_table(("config", "serves", "window", "note"), rows)
+            _console().print("Any other hub name or local folder works too, with defaults.")
+
+
+@app.command()
+def data(
+    name: Annotated[str | None, typer.Argument(help="What to fetch: known_1000.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where to put it.")] = Path("data"),
+) -> None:
+    """Fetch the paper's facts (needs the network; checked by sha256), or list what can be fetched."""
+    from factlens.facts import KNOWN_1000_SHA256, KNOWN_1000_URL, download_known_1000
+
+    with _clear_errors():
+        if name is None:
+            _print_table(
+                ("name", "what", "from", "sha256"),
+                [
+                    (
+                        "known_1000",
+                        "1 209 facts (ROME, Section 2)",
+                        KNOWN_1000_URL,
+                        KNOWN_1000_SHA256[:12],
+                    )
+                ],
+            )
+        elif name != "known_1000":
+            raise _usage(f"there is no data set {name!r}; there is known_1000")
+        else:
+            _console().print(f"{download_known_1000(folder)}", soft_wrap=True)
+
+
+# -- what commands share ---------------------------------------------------------------------------
+
+
+def _console(*, stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _usage(message: str) -> Exception:
+    from factlens.errors import PlanError
+
+    return PlanError(message)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Errors as one line and exit code 2, warnings as one line each, Ctrl-C as one line and 130."""
+    from factlens.errors import FactlensError
+
+    def show(message: Any, category: type, *where: Any, **more: Any) -> None:
+        from factlens.errors import FactWarning
+
+        if issubclass(category, FactWarning):
+            print(f"note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        try:
+            yield
+        except FactlensError as error:
+            print(f"factlens: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except MemoryError:
+            print(
+                "factlens: out of memory; use fewer --samples, or a smaller model", file=sys.stderr
+            )
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("factlens: interrupted; nothing was written", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+def _load(name: str, device: str | None, dtype: str) -> Model:
+    import torch
+
+    from factlens.models import load_model
+
+    types = {each: getattr(torch, each) for each in ("float32", "bfloat16", "float16")}
+    if dtype not in types:
+        raise _usage(f"no dtype {dtype!r}; there are {', '.join(types)}")
+    if device is not None:
+        _check_device(device)
+    with _console(stderr=True).status(f"loading {name}"):
+        return load_model(name, device=device, dtype=types[dtype])
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise _usage(f"there is no device {device!r}; use cpu, cuda or mps") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise _usage(
+            f"the device {device!r} is not there: torch sees no CUDA GPU; use --device cpu"
+        )
+
+
+def _level(given: str | None) -> float | str | None:
+    if given is None or given == "facts":
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise _usage(f"--noise-level is a number or 'facts', not {given!r}") from None
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    """A bar with the time left, on stderr; nothing where nobody looks."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def tell(done: int, total: int, text: str) -> None:
+            from rich.markup import escape
+
+            bar.update(task, completed=done, total=total, description=f"{what} {escape(text[:48])}")
+
+        yield tell
+
+
+def _check_writable(out: Path) -> None:
+    """Find out before the work, not after it."""
+    from factlens.errors import OutputError
+
+    probe = out / ".factlens-probe"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to the folder {out}: {error.strerror}; use --out"
+        ) from None
+
+
+def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        numeric = bool(rows) and isinstance(rows[0][number], float | int)
+        table.add_column(column, justify="right" if numeric else "left")
+    for row in rows:
+        # Text, not markup: cells come from data.
+        table.add_row(*[Text(f"{x:.4f}" if isinstance(x, float) else str(x)) for x in row])
+    _console().print(table)
+
+
+def _show_trace(traced: Trace, count: int) -> None:
+    """The terminal summary: total effects, then the strongest cells of each kind."""
+    from rich.text import Text
+
+    totals = traced.totals().head(10)
+    for row in totals.itertuples(index=False):
+        line = Text.assemble((row.prompt, "bold"), " → ", (row.answer.strip(), "bold"))
+        line.append(f"   clean {row.clean:.3f}, corrupted {row.corrupted:.3f}")
+        line.append(f", total effect {row.total_effect:+.3f}")
+        _console().print(line, soft_wrap=True)
+    if len(traced) > len(totals):
+        _console().print(f"… and {len(traced) - len(totals)} more facts")
+    rows = []
+    for kind in dict.fromkeys(traced.frame["kind"]):
+        for cell in traced.strongest(count, kind=kind).itertuples(index=False):
+            token = cell.token.strip() or "␣"
+            rows.append(
+                (kind, cell.window, cell.severed, cell.layer, token, cell.role, float(cell.effect))
+            )
+    _print_table(("kind", "window", "severed", "layer", "token", "role", "effect"), rows)
+    info = traced.info
+    _console().print(
+        f"{info['model']}, {info['engine']} engine, {info['samples']} samples, noise level "
+        f"{info['noise_level']:.4f} ({info['noise_source']}), {info['seconds']:.2f} s",
+        style="dim",
+        soft_wrap=True,
+    )
+    if info["fallback_reason"]:
+        _console().print(f"one forward pass per cell, because {info['fallback_reason']}")
+    for prompt, reason in traced.skipped[:5]:
+        print(f"skipped {prompt!r}: {reason}", file=sys.stderr)
+    if len(traced.skipped) > 5:
+        print(f"… and {len(traced.skipped) - 5} more facts skipped", file=sys.stderr)
+
+
+def _write_trace(traced: Trace, out: Path, shared_scale: bool) -> None:
+    from factlens.plots import heatmap
+    from factlens.reports import trace_page, write_text
+
+    cuts = dict.fromkeys(traced.frame["severed"])
+    figures = [
+        heatmap(traced, fact=fact, severed=cut, shared_scale=shared_scale)
+        for fact in range(min(len(traced), 20))
+        for cut in cuts
+    ]
+    paths = [write_text(trace_page(traced, figures), out / "trace.html")]
+    paths.append(traced.save(out / "trace.parquet"))
+    paths.append(write_text(traced.frame.to_csv(index=False), out / "trace.csv"))
+    for path in paths:
+        _console().print(str(path), soft_wrap=True, markup=False)
+
+
+def _measure(name: str, split: str, device: str | None) -> None:
+    from factlens.facts import bundled_facts
+    from factlens.knowledge import ask
+
+    splits = ("train", "held", "fresh")
+    if split not in splits:
+        raise _usage(f"no split {split!r}; there are {', '.join(splits)}")
+    hooked = _load(name, device, "float32")
+    with _progress("asking") as tell:
+        known = ask(hooked, bundled_facts(cast("Any", split)), progress=lambda d, t: tell(d, t, ""))
+    table = known.by_relation()
+    rows = [tuple(row) for row in table.itertuples(index=False)]
+    total, asked = int(table["known"].sum()), int(table["asked"].sum())
+    rows.append(("all", asked, total, total / asked))
+    _print_table(("relation", "asked", "known", "share"), rows)
+
+
+def _show_config(name: str) -> None:
+    from factlens.configs import config_for
+    from factlens.errors import ModelNotFound
+
+    config = config_for(name)
+    if config is None:
+        raise ModelNotFound(f"no config serves {name!r}; `factlens models` lists them")
+    rows = [("config", f"configs/{config.name}.yaml"), ("serves", ", ".join(config.models))]
+    rows += [(key, str(value)) for key, value in vars(config.trace).items() if value is not None]
+    rows += [("note", config.note)] if config.note else []
+    _print_table(("key", "value"), rows)
+
+
+def main() -> None:
+    """Entry point of the `factlens` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

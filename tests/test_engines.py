@@ -1,0 +1,321 @@
+"""The engines agree with the paper's code, with each other, with a second implementation, and with their laws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from builders import FAMILIES
+from conftest import ORACLE
+from oracles import SlowTracer
+
+from factlens import models
+from factlens.engines import one_pass as one_pass_module
+from factlens.engines.one_pass import run_one_pass
+from factlens.engines.passes import Line
+from factlens.engines.plain import run_plain
+from factlens.engines.problems import Problem, Readout
+from factlens.plans import plan, window_layers
+from factlens.tokens import tokenize
+from factlens.tracing import trace
+
+PROMPT, SUBJECT = "x abcd eft", "abcd"
+CUTS = ("none", "mlp", "attn", "both")
+
+
+def problem_of(model, *, windows=(3,), severed=CUTS, more=(), samples=2, scale=1.0, **options):
+    """A traced prompt on a small random model; the answer is what the model ranks first.
+
+    `more` are further window widths, unsevered.
+    """
+    prompt = tokenize(models.tokenizer(model), PROMPT, SUBJECT)
+    depth = models.n_layers(model)
+    cells = plan(prompt, depth, windows=windows, severed=severed, **options)
+    if more:
+        others = plan(prompt, depth, kinds=("mlp", "attn"), windows=more)
+        cells = pd.concat([cells, others], ignore_index=True)
+    shape = (samples, prompt.subject[1] - prompt.subject[0], int(models.cfg(model).d_model))
+    noise = torch.from_numpy(np.random.default_rng(3).standard_normal(shape)) * scale
+    top = int(models.logits_of(model, prompt.ids)[0, -1].argmax())
+    return Problem(prompt.ids, prompt.subject, noise, cells, Readout(torch.tensor([top])))
+
+
+def assert_engines_agree(model, problem, one_pass=run_one_pass):
+    expected, found = run_plain(model, problem), one_pass(model, problem)
+    prob, logprob = (
+        (found.restored[..., metric] - expected.restored[..., metric]).abs().max()
+        for metric in (0, 1)
+    )
+    assert prob < 1e-5
+    assert logprob < 1e-4
+    torch.testing.assert_close(found.clean[:2], expected.clean[:2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.corrupted[:, 0], expected.corrupted[:, 0], atol=1e-5, rtol=0)
+    return expected
+
+
+# -- parity with the paper's code --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def oracle_arrays():
+    return np.load(ORACLE / "tracing.npz", allow_pickle=False)
+
+
+@pytest.mark.parametrize("engine", ["one-pass", "plain"])
+@pytest.mark.parametrize("case", ["c0", "c1"])
+def test_every_table_of_the_papers_code_is_reproduced(oracle_model, oracle_arrays, case, engine):
+    arrays = oracle_arrays
+    options = {
+        "subject": str(arrays[f"{case}.subject"]),
+        "noise": "rome",
+        "noise_level": float(arrays["noise_level"]),
+        "include_embedding": False,
+        "engine": engine,
+    }
+    prompt = str(arrays[f"{case}.prompt"])
+    traced = trace(oracle_model, prompt, window=(1, 3, 4, 5, 10), **options)
+    cut = trace(oracle_model, prompt, kinds="state", severed=("mlp", "attn"), **options)
+    frame = pd.concat([traced.frame, cut.frame])
+    tables = {"states": ("state", 1, "none")}
+    for kind in ("mlp", "attn"):
+        tables |= {kind: (kind, 10, "none")}
+        tables |= {f"{kind}_w{w}": (kind, w, "none") for w in (1, 3, 4, 5)}
+        tables |= {f"sev_{kind}_same_noise": ("state", 1, kind)}
+    assert traced.engine == engine
+    assert traced.frame["prob_clean"].iloc[0] == pytest.approx(
+        arrays[f"{case}.high_score"], abs=1e-5
+    )
+    assert traced.frame["prob_corrupted"].iloc[0] == pytest.approx(
+        arrays[f"{case}.low_score"], abs=1e-5
+    )
+    for name, (kind, window, severed) in tables.items():
+        grid = grid_of(frame, kind, window, severed)
+        np.testing.assert_allclose(grid, arrays[f"{case}.{name}"], atol=1e-5, err_msg=name)
+    shifted = grid_of(frame, "state", 1, "none")[:, ::-1]
+    assert np.abs(shifted - arrays[f"{case}.states"]).max() > 0.05, "the check must be able to fail"
+
+
+def grid_of(frame: pd.DataFrame, kind: str, window: int, severed: str) -> np.ndarray:
+    cells = frame[
+        (frame["kind"] == kind) & (frame["window"] == window) & (frame["severed"] == severed)
+    ]
+    return cells.pivot(index="position", columns="layer", values="prob_restored").to_numpy()
+
+
+def test_the_official_draws_are_repeated_bit_for_bit(oracle_arrays):
+    from factlens.corruption import draw
+
+    expected = oracle_arrays["c0.noise_pass1"]
+    level = float(oracle_arrays["noise_level"])
+    assert np.array_equal(draw("rome", level, expected.shape, seed=0).numpy(), expected)
+    assert not np.array_equal(draw("gaussian", level, expected.shape, seed=0).numpy(), expected)
+
+
+# -- the engines agree -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_equals_plain_for_every_family(family_model, family):
+    model = family_model(family)
+    expected = assert_engines_agree(model, problem_of(model, more=(1, 10)))
+    probs = expected.restored[..., 0]
+    assert probs.max() - probs.min() >= 0.05, "a flat grid would hide a wrong engine"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_traced_by_one_pass_with_prefix_reuse(family_model, family):
+    traced = trace(family_model(family), PROMPT, subject=SUBJECT, samples=1, noise_level=1.0)
+    assert (traced.engine, traced.prefix_reuse, traced.fallback_reason) == ("one-pass", True, None)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5])
+def test_windows_that_start_together_share_rows_and_still_end_apart(family_model, window):
+    model = family_model("gpt2")
+    assert_engines_agree(model, problem_of(model, windows=(window,)))
+
+
+def test_a_multi_token_answer_is_read_at_several_positions(family_model):
+    model = family_model("gpt2")
+    problem = problem_of(model, windows=(3,))
+    answer = torch.tensor([int(problem.readout.answer[0]), 5, 9])
+    tokens = torch.cat([problem.tokens, answer[None, :-1]], dim=1)
+    assert_engines_agree(model, replace(problem, tokens=tokens, readout=Readout(answer)))
+
+
+@pytest.mark.parametrize("budget", [1, 60_000, 10**9])
+def test_any_cut_into_passes_gives_the_same_numbers(family_model, budget):
+    model = family_model("gpt_neox")
+    problem = problem_of(model)
+    whole, cut = run_one_pass(model, problem), run_one_pass(model, problem, budget=budget)
+    torch.testing.assert_close(cut.restored[..., 0], whole.restored[..., 0], atol=1e-6, rtol=0)
+
+
+def test_the_smallest_budget_really_cuts(family_model):
+    from factlens.engines.passes import cut_into_passes
+
+    model = family_model("gpt_neox")
+    cells = problem_of(model).cells
+    counts = [len(cut_into_passes(model, cells, 10, 2, 1, budget)) for budget in (1, 10**9)]
+    assert counts[0] > 10 * counts[1]
+
+
+def test_running_out_of_memory_halves_the_pass_and_goes_on(family_model, monkeypatch):
+    model, failed = family_model("gpt2"), []
+    problem = problem_of(model, severed=("none",))
+    run = one_pass_module._Forks.run
+
+    def once(self):
+        if not failed:
+            failed.append(len(self.part.lines))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self)
+
+    whole = run_one_pass(model, problem)
+    monkeypatch.setattr(one_pass_module._Forks, "run", once)
+    again = run_one_pass(model, problem)
+    assert failed
+    torch.testing.assert_close(again.restored[..., 0], whole.restored[..., 0], atol=1e-6, rtol=0)
+
+
+def test_other_runtime_errors_are_not_taken_for_memory(family_model, monkeypatch):
+    def broken(self):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(one_pass_module._Forks, "run", broken)
+    model = family_model("gpt2")
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_one_pass(model, problem_of(model))
+
+
+def test_the_lean_plain_engine_changes_no_number(family_model):
+    model = family_model("gptj")
+    problem = problem_of(model, windows=(3,), severed=("none", "both"))
+    full, lean = run_plain(model, problem), run_plain(model, problem, lean=True)
+    torch.testing.assert_close(lean.restored[..., 0], full.restored[..., 0], atol=1e-6, rtol=0)
+
+
+def test_bfloat16_is_traced_with_softmax_in_float32(family_folder):
+    model = models.load_model(family_folder("gpt2"), dtype=torch.bfloat16)
+    problem = problem_of(model, windows=(3,), severed=("none",))
+    gap = run_one_pass(model, problem).restored[..., 0] - run_plain(model, problem).restored[..., 0]
+    assert models.dtype_of(model) == torch.bfloat16
+    assert gap.abs().max() < 0.05
+
+
+# -- mutants: each must fail the test above ----------------------------------------------------------
+
+
+def test_a_fork_one_layer_off_is_caught(family_model, monkeypatch):
+    state = one_pass_module._Forks._state
+
+    def off(self, line, layer):
+        return state(self, line, max(0, layer - 1))
+
+    monkeypatch.setattr(one_pass_module._Forks, "_state", off)
+    assert_mutant_fails(family_model("gpt2"))
+
+
+def test_a_fork_one_position_off_is_caught(family_model, monkeypatch):
+    state = one_pass_module._Forks._state
+
+    def off(self, line, layer):
+        return state(self, replace(line, position=line.position - 1), layer)
+
+    monkeypatch.setattr(one_pass_module._Forks, "_state", off)
+    assert_mutant_fails(family_model("gpt2"))
+
+
+def test_a_window_one_layer_too_long_is_caught(family_model, monkeypatch):
+    def longer(self, kind, layer):
+        return self.kind == kind and self.first < layer <= self.ends[0]
+
+    monkeypatch.setattr(Line, "restores", longer)
+    assert_mutant_fails(family_model("gpt2"))
+
+
+def test_clean_and_corrupted_swapped_is_caught(family_model, monkeypatch):
+    def swapped(self, kind, layer):
+        return self._values(kind, layer)[1]
+
+    monkeypatch.setattr(one_pass_module.BaseRun, "clean", swapped)
+    assert_mutant_fails(family_model("gpt2"))
+
+
+def assert_mutant_fails(model):
+    problem = problem_of(model)
+    with pytest.raises(AssertionError):
+        assert_engines_agree(model, problem)
+
+
+def test_auto_falls_back_to_plain_when_the_engines_disagree(family_folder, monkeypatch):
+    def swapped(self, kind, layer):
+        return self._values(kind, layer)[1]
+
+    model = models.load_model(family_folder("gpt2"))
+    monkeypatch.setattr(one_pass_module.BaseRun, "clean", swapped)
+    traced = trace(model, PROMPT, subject=SUBJECT, samples=1, noise_level=1.0, kinds="state")
+    assert traced.engine == "plain"
+    assert "differs from the plain one" in str(traced.fallback_reason)
+
+
+# -- a second implementation -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("severed", CUTS)
+def test_plain_hugging_face_hooks_give_the_same_numbers(family_folder, family_model, severed):
+    from transformers import AutoModelForCausalLM
+
+    model = family_model("gpt2")
+    problem = problem_of(model, windows=(3,), severed=(severed,), include_embedding=False)
+    slow = SlowTracer(
+        AutoModelForCausalLM.from_pretrained(family_folder("gpt2")).eval(),
+        problem.tokens,
+        problem.subject,
+        problem.noise,
+    )
+    found = run_one_pass(model, problem).restored[..., 0].mean(dim=1)
+    answer = int(problem.readout.answer[0])
+    chosen = range(0, len(problem.cells), 7)
+    for number in chosen:
+        cell = problem.cells.iloc[number]
+        layer, position = int(cell["layer"]), int(cell["position"])
+        layers = [layer]
+        if cell["kind"] != "state":
+            layers = list(window_layers(layer, int(cell["window"]), 4))
+        expected = slow.restored(cell["kind"], layers, position, severed, answer)
+        assert found[number].item() == pytest.approx(expected, abs=1e-5), dict(cell)
+
+
+# -- laws --------------------------------------------------------------------------------------------
+
+
+def test_without_noise_every_run_is_the_clean_run(family_model):
+    model = family_model("gemma2")
+    answers = run_one_pass(model, problem_of(model, scale=0.0))
+    clean = answers.clean[0].expand_as(answers.restored[..., 0])
+    torch.testing.assert_close(answers.restored[..., 0], clean, atol=1e-6, rtol=0)
+    noisy = run_one_pass(model, problem_of(model, scale=1.0))
+    assert (noisy.restored[..., 0] - clean).abs().max() > 0.05, "with noise it must not be"
+
+
+def test_a_cell_alone_equals_the_cell_in_its_batch(family_model):
+    model = family_model("qwen3")
+    problem = problem_of(model, windows=(3,))
+    together = run_one_pass(model, problem).restored[..., 0]
+    for number in range(0, len(problem.cells), 37):
+        alone = replace(problem, cells=problem.cells.iloc[[number]].reset_index(drop=True))
+        found = run_one_pass(model, alone).restored[0, :, 0]
+        torch.testing.assert_close(found, together[number], atol=1e-6, rtol=0)
+
+
+def test_positions_before_the_subject_have_no_effect_in_the_plain_engine_either(family_model):
+    model = family_model("gpt2")
+    problem = problem_of(model, windows=(3,))
+    plain = run_plain(model, problem)
+    before = torch.tensor((problem.cells["position"] < problem.subject[0]).tolist())
+    effect = (plain.restored[..., 0] - plain.corrupted[:, 0]).abs()
+    assert effect[before].max() < 1e-6
+    assert effect[~before].max() > 0.05

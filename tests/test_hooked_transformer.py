@@ -1,0 +1,129 @@
+"""A user's own HookedTransformer (TransformerLens 3.9) is traced as a bridge is. Run by `make test-hooked-transformer`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformer_lens
+from builders import lay_in_cache, save_model
+from conftest import ORACLE
+from test_engines import CUTS, PROMPT, SUBJECT, assert_engines_agree, problem_of
+
+from factlens import Fact, fingerprint, models, trace
+from factlens.engines.one_pass import run_one_pass
+from factlens.engines.plain import run_plain
+
+HookedTransformer = getattr(transformer_lens, "HookedTransformer", None)
+pytestmark = [
+    pytest.mark.skipif(
+        HookedTransformer is None, reason="HookedTransformer was removed in TransformerLens 4"
+    ),
+    pytest.mark.filterwarnings("ignore:HookedTransformer.*is deprecated"),
+]
+
+REPOS = {
+    "gpt2": "gpt2",
+    "gptj": "EleutherAI/gpt-j-6B",
+    "gpt_neox": "EleutherAI/pythia-70m",
+    "gpt_neo": "EleutherAI/gpt-neo-125M",
+    "qwen2": "Qwen/Qwen2-0.5B",
+    "qwen3": "Qwen/Qwen3-0.6B",
+}
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """A HookedTransformer over a small random model, converted by TransformerLens itself."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cache = tmp_path_factory.mktemp("hub")
+    made: dict[tuple[str, bool], object] = {}
+
+    def make(family: str, *, processed: bool = False, folder=None):
+        key = (f"{family}{folder or ''}", processed)
+        if key in made:
+            return made[key]
+        where = folder or cache / "models" / family
+        if not (where / "config.json").exists():
+            save_model(where, family)
+        hub = cache / f"{key[0]}-{processed}".replace("/", "-")
+        lay_in_cache(where, REPOS[family], hub)
+        for config in hub.rglob("config.json"):  # TransformerLens 3.9 reads the old name.
+            given = json.loads(config.read_text())
+            config.write_text(json.dumps({"n_ctx": given.get("n_positions"), **given}))
+        load = HookedTransformer.from_pretrained
+        options = {"fold_ln": processed, "center_writing_weights": processed}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+            patch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(hub), raising=False)
+            made[key] = load(
+                REPOS[family],
+                hf_model=AutoModelForCausalLM.from_pretrained(where),
+                tokenizer=AutoTokenizer.from_pretrained(where),
+                center_unembed=False,
+                fold_value_biases=False,
+                device="cpu",
+                cache_dir=str(hub),
+                **options,
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("family", REPOS)
+def test_one_pass_equals_plain_on_a_hooked_transformer(build, family):
+    model = build(family)
+    expected = assert_engines_agree(model, problem_of(model, more=(1, 10)))
+    probs = expected.restored[..., 0]
+    assert probs.max() - probs.min() >= 0.05
+
+
+def test_processed_weights_are_traced_as_given_and_recorded(build):
+    model = build("gpt2", processed=True)
+    assert_engines_agree(model, problem_of(model, severed=CUTS))
+    assert models.processing(model) == "layer norm folded, weights centred"
+    assert models.processing(build("gpt2")) == "none"
+
+
+@pytest.mark.parametrize("family", REPOS)
+def test_it_is_traced_by_one_pass_with_prefix_reuse(build, family):
+    traced = trace(build(family), PROMPT, subject=SUBJECT, samples=1, noise_level=1.0)
+    assert (traced.engine, traced.prefix_reuse, traced.fallback_reason) == ("one-pass", True, None)
+
+
+def test_token_ids_are_hugging_faces_although_the_model_prepends_a_bos(build):
+    model = build("gpt2")
+    assert model.to_tokens("abc").shape[1] == 4, "its own string path prepends one"
+    traced = trace(model, PROMPT, subject=SUBJECT, samples=1, noise_level=1.0, kinds="state")
+    assert traced.frame["position"].max() + 1 == len(PROMPT)
+
+
+def test_the_oracle_is_reproduced_and_the_fingerprint_is_the_bridges(build):
+    model = build("gpt2", folder=ORACLE / "model")
+    arrays = np.load(ORACLE / "tracing.npz")
+    traced = trace(
+        model,
+        Fact(str(arrays["c0.prompt"]), str(arrays["c0.subject"])),
+        kinds="state",
+        noise="rome",
+        noise_level=float(arrays["noise_level"]),
+        include_embedding=False,
+    )
+    grid = traced.frame.pivot(index="position", columns="layer", values="prob_restored")
+    np.testing.assert_allclose(grid.to_numpy(), arrays["c0.states"], atol=1e-5)
+    bridge = models.load_model(ORACLE / "model")
+    assert fingerprint(model) == fingerprint(bridge)
+    with torch.no_grad():
+        model.blocks[2].mlp.W_out[0, 0] += 0.1
+    assert fingerprint(model) != fingerprint(bridge)
+
+
+def test_both_engines_sever_alike_on_processed_weights(build):
+    model = build("gptj", processed=True)
+    problem = problem_of(model, severed=("both",))
+    gap = run_one_pass(model, problem).restored[..., 0] - run_plain(model, problem).restored[..., 0]
+    assert gap.abs().max() < 1e-5
