@@ -69,6 +69,11 @@ def run_one_pass(
     `budget` is the memory, in bytes, that one pass may take; None takes half of what is free. When memory runs out
     all the same, the passes are cut smaller and the unfinished ones run again.
     """
+    with models.fused_activations(model):
+        return _run(model, problem, progress, budget)
+
+
+def _run(model: Model, problem: Problem, progress: Progress, budget: int | None) -> Answers:
     cells, length = problem.cells, problem.tokens.shape[1]
     depth, samples = models.n_layers(model), problem.noise.shape[0]
     base, logits = run_base(model, problem)

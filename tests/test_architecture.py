@@ -1,0 +1,113 @@
+"""The public surface, and imports that point down."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import factlens
+
+SOURCE = Path(factlens.__file__).parent
+LAYERS = [
+    ["cli", "panels", "benchmark"],
+    ["reports"],
+    ["plots"],
+    ["tracing"],
+    ["knowledge"],
+    ["traces"],
+    ["engines.plain", "engines.one_pass"],
+    ["engines.passes"],
+    ["engines.problems"],
+    ["plans"],
+    ["patches"],
+    ["corruption"],
+    ["fingerprints"],
+    ["models"],
+    ["prefixes"],
+    ["tokens", "facts"],
+    ["atlas", "configs", "types", "errors"],
+]
+RANK = {name: len(LAYERS) - depth for depth, row in enumerate(LAYERS) for name in row}
+MODULES = sorted(RANK)
+
+
+def path_of(name: str) -> Path:
+    path = SOURCE / (name.replace(".", "/") + ".py")
+    return path if path.exists() else SOURCE / name / "__init__.py"
+
+
+def factlens_imports(name: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path_of(name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("factlens"):
+            inside = (node.module or "").removeprefix("factlens").lstrip(".")
+            names = [inside] if inside else [alias.name for alias in node.names]
+            found |= {each.split(".")[0] if each.startswith("atlas") else each for each in names}
+    return found - {name, "engines"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "atlas"])
+def test_imports_point_down(name):
+    for imported in factlens_imports(name):
+        assert RANK[imported] < RANK[name], f"{name} may not import {imported}"
+
+
+def test_every_module_has_its_layer():
+    modules = {
+        str(path.relative_to(SOURCE).with_suffix("")).replace("/", ".")
+        for path in SOURCE.rglob("*.py")
+        if "atlas" not in path.parts and path.name != "__init__.py"
+    }
+    assert modules == {name for name in MODULES if name != "atlas"}
+
+
+def test_only_models_imports_transformer_lens():
+    importers = {
+        path.name
+        for path in SOURCE.rglob("*.py")
+        if "import transformer_lens" in path.read_text(encoding="utf-8")
+        or "from transformer_lens" in path.read_text(encoding="utf-8")
+    }
+    assert importers == {"models.py"}
+
+
+def test_the_public_names_are_pinned_documented_and_load():
+    assert factlens.__all__ == sorted(factlens.__all__)
+    assert factlens.__all__ == [
+        "Fact",
+        "FactWarning",
+        "FactlensError",
+        "Trace",
+        "bundled_facts",
+        "explore",
+        "fingerprint",
+        "known_facts",
+        "load_model",
+        "patches",
+        "plots",
+        "read_facts",
+        "reports",
+        "trace",
+    ]
+    readme = (SOURCE.parents[1] / "README.md").read_text(encoding="utf-8")
+    for name in factlens.__all__:
+        assert getattr(factlens, name).__doc__, f"{name} has no docstring"
+        assert f"`{name}" in readme or f"fl.{name}" in readme, f"{name} is not in the README"
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(AttributeError, match="load_model"):
+        _ = factlens.nothing
+
+
+def test_importing_factlens_and_asking_for_help_loads_nothing_heavy():
+    code = (
+        "import sys, factlens, factlens.cli; "
+        "print([m for m in ('torch', 'pandas', 'plotly', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,129 @@
+"""Facts are read from every form, and a bad row is named."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import urllib.error
+
+import pytest
+
+from factlens import facts as facts_module
+from factlens.errors import DownloadError, FactError, FactFileError
+from factlens.facts import Fact, bundled_facts, download_known_1000, read_facts, write_facts
+
+OFFICIAL = [
+    {
+        "known_id": 0,
+        "subject": "Vinson Massif",
+        "attribute": "Antarctica",
+        "template": "{} is located in the continent",
+        "prediction": " of Antarctica. It is the largest",
+        "prompt": "Vinson Massif is located in the continent of",
+        "relation_id": "P30",
+    }
+]
+
+
+def test_the_official_file_is_read(tmp_path):
+    path = tmp_path / "known_1000.json"
+    path.write_text(json.dumps(OFFICIAL))
+    (fact,) = read_facts(path)
+    assert fact == Fact(
+        "Vinson Massif is located in the continent of", "Vinson Massif", "Antarctica", "P30", "0"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_users_files_are_read_and_templates_filled(tmp_path, suffix):
+    path = tmp_path / f"mine.{suffix}"
+    if suffix == "csv":
+        path.write_text(
+            'prompt,subject,object\n"{}, in short, is in",Łódź,Poland\n', encoding="utf-8"
+        )
+    else:
+        row = {"prompt": "{}, in short, is in", "subject": "Łódź", "object": "Poland"}
+        path.write_text(json.dumps(row) + "\n\n", encoding="utf-8")
+    assert read_facts(path) == [Fact("Łódź, in short, is in", "Łódź", "Poland")]
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    some = bundled_facts()[:20]
+    write_facts(some, tmp_path / "f.csv")
+    assert read_facts(tmp_path / "f.csv") == some
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("f.csv", "prompt,object\nx,y\n", "no column subject"),
+        ("f.csv", "prompt,subject\nParis is in,Paris\nRome is in,Oslo\n", "line 3"),
+        ("f.csv", "prompt,subject\nParis is in,\n", "line 2: no subject"),
+        ("f.csv", "prompt,subject\nParis, the city,Paris\n", "more cells than columns"),
+        ("f.csv", "prompt,subject\n", "holds no facts"),
+        ("f.jsonl", '{"prompt": "a b", "subject": "a"}\n{oops\n', "line 2: not JSON"),
+        ("f.jsonl", "[1]\n", "line 1"),
+        ("f.json", '{"a": 1}', "must hold a list"),
+        ("f.json", '[{"prompt": "a b"}]', "record 0: no subject"),
+        ("f.txt", "hello", "is none of"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_row(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(FactFileError, match=message) as caught:
+        read_facts(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_undecodable_files_are_refused(tmp_path):
+    with pytest.raises(FactFileError, match="cannot read"):
+        read_facts(tmp_path / "none.csv")
+    (tmp_path / "latin.csv").write_bytes("prompt,subject\nZoë is,Zoë\n".encode("latin-1"))
+    with pytest.raises(FactFileError, match="not UTF-8"):
+        read_facts(tmp_path / "latin.csv")
+
+
+def test_a_fact_is_text():
+    with pytest.raises(FactError, match="must be text"):
+        Fact.__wrapped__ if hasattr(Fact, "__wrapped__") else facts_module.Fact.__post_init__(
+            type("F", (), {"prompt": 3, "subject": "x"})()
+        )
+
+
+def test_the_bundled_facts_hold_their_subjects():
+    some = bundled_facts()
+    assert len(some) > 5_000
+    assert all(fact.subject in fact.prompt for fact in some)
+    assert Fact("x", "x") not in some
+    single = bundled_facts(one_per_fact=True)
+    assert len({(f.relation, f.subject.lower()) for f in single}) == len(single) < len(some)
+
+
+def test_a_download_is_checked_kept_and_not_repeated(tmp_path, monkeypatch):
+    content = json.dumps(OFFICIAL).encode()
+    calls = []
+
+    def fetch(url, timeout):
+        calls.append(url)
+        return io.BytesIO(content)
+
+    monkeypatch.setattr(facts_module.urllib.request, "urlopen", fetch)
+    with pytest.raises(DownloadError, match="sha256"):
+        download_known_1000(tmp_path)
+    assert list(tmp_path.iterdir()) == [], "what fails the check is not kept"
+    monkeypatch.setattr(facts_module, "KNOWN_1000_SHA256", hashlib.sha256(content).hexdigest())
+    path = download_known_1000(tmp_path)
+    assert download_known_1000(tmp_path) == path
+    assert len(calls) == 2
+    assert read_facts(path)[0].subject == "Vinson Massif"
+
+
+def test_no_network_is_said_in_one_line(tmp_path, monkeypatch):
+    def fail(url, timeout):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(facts_module.urllib.request, "urlopen", fail)
+    with pytest.raises(DownloadError, match="no route to host"):
+        download_known_1000(tmp_path)
