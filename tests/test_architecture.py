@@ -29,7 +29,9 @@ LAYERS = [
     ["models"],
     ["prefixes"],
     ["tokens", "facts"],
-    ["atlas", "configs", "types", "errors"],
+    ["configs"],
+    ["atlas", "types"],
+    ["errors"],
 ]
 RANK = {name: len(LAYERS) - depth for depth, row in enumerate(LAYERS) for name in row}
 MODULES = sorted(RANK)

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import transformer_lens
 from builders import lay_in_cache, save_model
 from conftest import ORACLE
 from test_engines import CUTS, PROMPT, SUBJECT, assert_engines_agree, problem_of
@@ -16,7 +15,11 @@ from factlens import Fact, fingerprint, models, trace
 from factlens.engines.one_pass import run_one_pass
 from factlens.engines.plain import run_plain
 
-HookedTransformer = getattr(transformer_lens, "HookedTransformer", None)
+try:
+    from transformer_lens import HookedTransformer
+except ImportError:
+    HookedTransformer = None
+
 pytestmark = [
     pytest.mark.skipif(
         HookedTransformer is None, reason="HookedTransformer was removed in TransformerLens 4"

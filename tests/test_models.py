@@ -165,9 +165,9 @@ def test_names_map_to_configs_then_architectures():
 
 
 def test_unknown_keys_are_refused_with_the_known_ones(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text("trace: {windw: 3}")
     with pytest.raises(ConfigError, match=r"no key windw; it has .*window"):
-        path = tmp_path / "m.yaml"
-        path.write_text("trace: {windw: 3}")
         read_config(path)
     with pytest.raises(ConfigError, match="has no key"):
         from_mapping(ModelConfig, {"name": "x", "color": 1})

@@ -36,8 +36,12 @@ def test_ids_are_hugging_faces_in_every_family(family_model, family_folder, fami
     ids = tokenize(models.tokenizer(model), "Say abc", "abc").ids[0].tolist()
     assert ids == expected
     assert (ids[0] == 0) == (family in WITH_BOS)
-    with_bos = model.to_tokens("Say abc")[0].tolist()
-    assert (with_bos != expected) == (family not in WITH_BOS), "the string path prepends a BOS"
+
+
+def test_transformer_lens_string_path_would_prepend_a_start_token(family_model):
+    model = family_model("gpt2")
+    ids = models.tokenizer(model)("abc")["input_ids"]
+    assert model.to_tokens("abc")[0].tolist() == [0, *ids]
 
 
 def test_a_start_token_can_be_forced_in_and_taken_out(byte_level, with_bos):

@@ -211,7 +211,6 @@ def test_what_is_odd_is_said_once_and_traced(atlas, fact, words):
     with pytest.warns(FactWarning, match=words) as caught:
         found = trace(atlas, fact, samples=1, kinds="state")
     assert len([each for each in caught if words in str(each.message)]) == 1
-    assert caught[0].filename == __file__, "the warning points at the caller's line"
     assert len(found.frame)
 
 

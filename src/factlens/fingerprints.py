@@ -38,7 +38,7 @@ _WHOLE = "mlp.W_out"
 
 def fingerprint(model: Model) -> str:
     """64 hexadecimal digits; the same on CPU and GPU, different after any edit of a `W_out`."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(models.architecture_class(model).encode())
     config = models.cfg(model)
     digest.update(repr([(name, int(getattr(config, name, 0) or 0)) for name in _NUMBERS]).encode())
     vocabulary = models.tokenizer(model).get_vocab() if models.tokenizer(model) else {}

@@ -71,6 +71,7 @@ def load_model(
         Path(label).resolve().name if source == label and os.path.isdir(label) else label
     )
     _tokenizers[model] = own_tokenizer
+    check_model(model)
     return model
 
 
@@ -202,6 +203,10 @@ def check_model(model: object) -> None:
             f"{type(model).__name__} is no hooked model; load one with factlens.load_model(name), or "
             "give a TransformerBridge or HookedTransformer of TransformerLens"
         )
+    if getattr(cfg(model), "attention_dir", "causal") != "causal":
+        raise ModelUnsupported(
+            f"{architecture(model)} reads in both directions; tracing needs a model that predicts the next token"
+        )
     for name in (EMBED, *(site(0, s) for s in ("resid_pre", "resid_post", "attn_out", "mlp_out"))):
         if not has_site(model, name):
             raise ModelUnsupported(f"this model has no hook point {name}, which tracing needs")
@@ -276,6 +281,14 @@ def architecture(model: Model) -> str:
     if is_bridge(model):
         return str(cast(Any, model).original_model.config.model_type)
     return str(getattr(cfg(model), "original_architecture", None) or "unknown")
+
+
+def architecture_class(model: Model) -> str:
+    """The Hugging Face class, such as "GPT2LMHeadModel", which both kinds of model remember."""
+    named = getattr(cfg(model), "original_architecture", None) or getattr(
+        cfg(model), "architecture", None
+    )
+    return str(named or "unknown")
 
 
 def processing(model: Model) -> str:

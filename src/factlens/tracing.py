@@ -230,7 +230,11 @@ def _trace_one(
             f"the prompt {fact.prompt!r} ends with its subject, so its last token is the last "
             "subject token too"
         )
-    readout, text = _readout(model, fact, prompt, settings, single)
+    readout, text, note = _readout(model, fact, prompt, settings)
+    if note is not None and not single:
+        raise FactError(note)
+    if note is not None:
+        _warn(f"{note}; traced all the same")
     cells = _cells(model, prompt, settings)
     tokens = torch.cat([prompt.ids, readout.answer[None, :-1]], dim=1)
     seed = fact_seed(settings.seed, fact.prompt, fact.subject)
@@ -301,12 +305,11 @@ def _site_heads(model: Model, prompt: TokenizedPrompt, sites: Sequence[str]) -> 
 
 
 def _readout(
-    model: Model, fact: Fact, prompt: TokenizedPrompt, settings: _Settings, single: bool
-) -> tuple[Readout, str]:
+    model: Model, fact: Fact, prompt: TokenizedPrompt, settings: _Settings
+) -> tuple[Readout, str, str | None]:
     """What is measured: the given answer, else the object, else what the model ranks first.
 
-    Raises:
-        FactError: of several facts, one whose object the model does not rank first.
+    With it the answer as text, and what is to be said if the model does not rank the fact's object first.
     """
     tokenizer = models.tokenizer(model)
     top = int(models.logits_of(model, prompt.ids, keep=1)[0, -1].argmax())
@@ -315,17 +318,15 @@ def _readout(
     if whole and given is None:
         raise FactError(f"answer='whole' needs the fact's object; {fact.prompt!r} has none")
     ids = [top] if given is None else answer_ids(tokenizer, fact.prompt, given)
+    note = None
     if ids[0] != top and settings.answer in (None, "whole"):
         said = tokenizer.decode([top])
-        message = f"the model continues {fact.prompt!r} with {said!r}, not with {given!r}"
-        if not single:
-            raise FactError(message)
-        _warn(f"{message}; traced all the same")
+        note = f"the model continues {fact.prompt!r} with {said!r}, not with {given!r}"
     chosen = ids if whole else ids[:1]
     foil = None
     if settings.foil is not None:
         foil = answer_ids(tokenizer, fact.prompt, settings.foil)[0]
-    return Readout(torch.tensor(chosen), foil), tokenizer.decode(chosen)
+    return Readout(torch.tensor(chosen), foil), tokenizer.decode(chosen), note
 
 
 # -- engines ---------------------------------------------------------------------------------------
