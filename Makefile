@@ -12,7 +12,7 @@ OUT ?= runs/trace
 ARGS ?=
 export MODEL PROMPT SUBJECT OUT
 
-.PHONY: help setup trace test test-hooked-transformer check format bench notebooks atlas clean
+.PHONY: help setup trace test test-hooked-transformer check format bench notebooks figures atlas clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 28
@@ -73,6 +73,12 @@ bench: $(VENV)/installed  ## One-pass against plain, in one process; ARGS="--qui
 
 notebooks: $(VENV)/installed-dev  ## Execute every notebook
 	@$(BIN)/python -m pytest -n 0 -m notebooks tests/test_notebooks.py $(ARGS)
+
+figures: $(VENV)/installed  ## The README's figure (needs chromium)
+	@$(BIN)/factlens trace --out runs/figures
+	@mkdir -p docs/figures
+	@chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1480,860 \
+	  --virtual-time-budget=4000 --screenshot=docs/figures/trace.png file://$(CURDIR)/runs/figures/trace.html
 
 atlas: $(VENV)/installed  ## Train the bundled model again into runs/atlas (resumes; under an hour)
 	@$(BIN)/python -m factlens.atlas --out runs/atlas $(ARGS)

@@ -37,7 +37,7 @@ def run(tmp_path):
 
 def test_trace_without_arguments_shows_a_bundled_fact(run, tmp_path):
     result = run("trace", "--samples", "2")
-    assert "The Space Needle is located in the city of → Seattle" in result.output
+    assert "The mother tongue of Isaac Newton is → English" in result.output
     assert "one-pass engine" in result.output
     for kind in ("state", "mlp", "attn"):
         assert kind in result.output

@@ -29,8 +29,8 @@ app = typer.Typer(
     ),
 )
 
-DEFAULT_PROMPT = "The Space Needle is located in the city of"
-DEFAULT_SUBJECT = "The Space Needle"
+DEFAULT_PROMPT = "The mother tongue of Isaac Newton is"
+DEFAULT_SUBJECT = "Isaac Newton"
 
 ModelName = Annotated[
     str,
