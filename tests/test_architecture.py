@@ -14,11 +14,13 @@ import factlens
 SOURCE = Path(factlens.__file__).parent
 LAYERS = [
     ["cli", "panels", "benchmark"],
+    ["terminal"],
     ["reports"],
     ["plots"],
     ["tracing"],
     ["knowledge"],
     ["traces"],
+    ["engines.choosing"],
     ["engines.plain", "engines.one_pass"],
     ["engines.passes"],
     ["engines.problems"],
@@ -26,6 +28,7 @@ LAYERS = [
     ["patches"],
     ["corruption"],
     ["fingerprints"],
+    ["runs"],
     ["models"],
     ["prefixes"],
     ["tokens", "facts"],

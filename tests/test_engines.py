@@ -12,7 +12,7 @@ from builders import FAMILIES
 from conftest import ORACLE
 from oracles import SlowTracer
 
-from factlens import models
+from factlens import models, runs
 from factlens.engines import one_pass as one_pass_module
 from factlens.engines.one_pass import run_one_pass
 from factlens.engines.passes import Line
@@ -39,7 +39,7 @@ def problem_of(model, *, windows=(3,), severed=CUTS, more=(), samples=2, scale=1
         cells = pd.concat([cells, others], ignore_index=True)
     shape = (samples, prompt.subject[1] - prompt.subject[0], int(models.cfg(model).d_model))
     noise = torch.from_numpy(np.random.default_rng(3).standard_normal(shape)) * scale
-    top = int(models.logits_of(model, prompt.ids)[0, -1].argmax())
+    top = int(runs.logits_of(model, prompt.ids)[0, -1].argmax())
     return Problem(prompt.ids, prompt.subject, noise, cells, Readout(torch.tensor([top])))
 
 

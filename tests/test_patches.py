@@ -8,7 +8,7 @@ from builders import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factlens import models, patches
+from factlens import models, patches, runs
 from factlens.corruption import spread
 from factlens.tokens import tokenize
 
@@ -21,7 +21,7 @@ SITES = ["hook_embed"] + [
 
 
 class Runs:
-    """Clean and corrupted runs of one prompt, with their caches."""
+    """Clean and corrupted pair of one prompt, with their caches."""
 
     def __init__(self, model):
         self.model = model
@@ -31,15 +31,13 @@ class Runs:
         noise = torch.randn(2, width, 32, generator=torch.Generator().manual_seed(5))
         self.noise = spread(noise.double(), self.prompt.subject, self.length, clean_rows=0)
         self.tokens = self.prompt.ids.expand(2, -1)
-        self.clean_logits, self.clean = models.run_with_cache(model, self.tokens, SITES)
+        self.clean_logits, self.clean = runs.run_with_cache(model, self.tokens, SITES)
         corruption = patches.corrupt(self.noise)
-        self.bad_logits, self.corrupted = models.run_with_cache(
-            model, self.tokens, SITES, corruption
-        )
+        self.bad_logits, self.corrupted = runs.run_with_cache(model, self.tokens, SITES, corruption)
 
     def run(self, hooks):
         corruption = patches.corrupt(self.noise)
-        return models.logits_of(self.model, self.tokens, corruption + hooks)[:, -1].softmax(-1)
+        return runs.logits_of(self.model, self.tokens, corruption + hooks)[:, -1].softmax(-1)
 
     def where(self, marked: bool):
         return torch.full((2, self.length), marked)
@@ -54,7 +52,7 @@ class Runs:
 
 
 @pytest.fixture(params=FAMILIES)
-def runs(request, family_model):
+def pair(request, family_model):
     return Runs(family_model(request.param))
 
 
@@ -62,32 +60,32 @@ def close(found, expected):
     return bool((found - expected).abs().max() < 1e-6)
 
 
-def test_corruption_changes_the_answer(runs):
-    assert not close(runs.corrupted_probs, runs.clean_probs), (
+def test_corruption_changes_the_answer(pair):
+    assert not close(pair.corrupted_probs, pair.clean_probs), (
         "or none of the laws below says anything"
     )
 
 
-def test_restoring_everything_is_the_clean_run(runs):
-    everywhere, nowhere = runs.where(True), runs.where(False)
+def test_restoring_everything_is_the_clean_run(pair):
+    everywhere, nowhere = pair.where(True), pair.where(False)
     for layer in (-1, 0, 2):
-        assert close(runs.run(patches.restore(layer, runs.clean, everywhere)), runs.clean_probs)
-        assert close(runs.run(patches.restore(layer, runs.clean, nowhere)), runs.corrupted_probs)
+        assert close(pair.run(patches.restore(layer, pair.clean, everywhere)), pair.clean_probs)
+        assert close(pair.run(patches.restore(layer, pair.clean, nowhere)), pair.corrupted_probs)
 
 
-def test_severing_without_restoring_is_the_corrupted_run(runs):
-    everywhere = runs.where(True)
+def test_severing_without_restoring_is_the_corrupted_run(pair):
+    everywhere = pair.where(True)
     for sever in (patches.sever_mlp, patches.sever_attn):
-        assert close(runs.run(sever(runs.corrupted, everywhere)), runs.corrupted_probs)
-        assert not close(runs.run(sever(runs.clean, everywhere)), runs.corrupted_probs)
+        assert close(pair.run(sever(pair.corrupted, everywhere)), pair.corrupted_probs)
+        assert not close(pair.run(sever(pair.clean, everywhere)), pair.corrupted_probs)
 
 
-def test_the_last_patch_at_a_site_wins(runs):
-    everywhere = runs.where(True)
-    restore = patches.restore_window("mlp", range(4), runs.clean, everywhere)
-    sever = patches.sever_mlp(runs.corrupted, everywhere)
-    assert close(runs.run(restore + sever), runs.corrupted_probs)
-    assert not close(runs.run(sever + restore), runs.corrupted_probs)
+def test_the_last_patch_at_a_site_wins(pair):
+    everywhere = pair.where(True)
+    restore = patches.restore_window("mlp", range(4), pair.clean, everywhere)
+    sever = patches.sever_mlp(pair.corrupted, everywhere)
+    assert close(pair.run(restore + sever), pair.corrupted_probs)
+    assert not close(pair.run(sever + restore), pair.corrupted_probs)
 
 
 def test_a_severed_restoration_by_hand_is_the_plain_engines_cell(family_model):
@@ -100,16 +98,16 @@ def test_a_severed_restoration_by_hand_is_the_plain_engines_cell(family_model):
     cell = traced.frame.query("kind == 'state' and layer == 1 and position == 5").iloc[0]
     from factlens.corruption import draw, fact_seed
 
-    runs = Runs(model)
+    pair = Runs(model)
     noise = draw("gaussian", 1.0, (2, 4, 32), fact_seed(0, PROMPT, SUBJECT))
-    runs.noise = spread(noise, runs.prompt.subject, runs.length, clean_rows=0)
-    corruption = patches.corrupt(runs.noise)
-    _, runs.corrupted = models.run_with_cache(model, runs.tokens, SITES, corruption)
-    last = runs.where(False)
+    pair.noise = spread(noise, pair.prompt.subject, pair.length, clean_rows=0)
+    corruption = patches.corrupt(pair.noise)
+    _, pair.corrupted = runs.run_with_cache(model, pair.tokens, SITES, corruption)
+    last = pair.where(False)
     last[:, 5] = True
-    hooks = patches.sever_mlp(runs.corrupted, last) + patches.restore(1, runs.clean, last)
-    answer = int(runs.clean_logits[0, -1].argmax())
-    by_hand = runs.run(hooks)[:, answer].mean().item()
+    hooks = patches.sever_mlp(pair.corrupted, last) + patches.restore(1, pair.clean, last)
+    answer = int(pair.clean_logits[0, -1].argmax())
+    by_hand = pair.run(hooks)[:, answer].mean().item()
     assert by_hand == pytest.approx(cell["prob_restored"], abs=1e-6)
     assert abs(by_hand - cell["prob_corrupted"]) > 1e-3
 

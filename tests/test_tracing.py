@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from factlens import Fact, FactWarning, Trace, fingerprint, models, trace
+from factlens import Fact, FactWarning, Trace, fingerprint, models, runs, trace
 from factlens.corruption import draw, fact_seed, measure_level, noise_level
 from factlens.errors import (
     FactError,
@@ -118,7 +118,7 @@ def test_a_whole_object_is_the_product_over_its_tokens(atlas):
         warnings.simplefilter("ignore", FactWarning)
         whole = trace(atlas, fact, samples=2, kinds="state", answer="whole")
     tokens = torch.tensor([token_ids(tokenizer, fact.prompt) + ids])
-    logprobs = models.logits_of(atlas, tokens)[0].log_softmax(-1)
+    logprobs = runs.logits_of(atlas, tokens)[0].log_softmax(-1)
     start = tokens.shape[1] - len(ids) - 1
     expected = sum(logprobs[start + at, each].item() for at, each in enumerate(ids))
     assert whole.frame["prob_clean"].iloc[0] == pytest.approx(np.exp(expected), rel=1e-4)
@@ -154,7 +154,7 @@ def test_sites_that_do_not_exist_or_have_no_positions_are_refused(atlas):
 def test_symmetric_replacement_swaps_the_subjects_embeddings(atlas):
     fact = Fact("The capital of France is", "France", "Paris")
     swapped = trace(atlas, fact, noise="replace:Italy", kinds="state")
-    other = models.logits_of(
+    other = runs.logits_of(
         atlas, torch.tensor([models.tokenizer(atlas)("The capital of Italy is")["input_ids"]])
     )
     answer = models.tokenizer(atlas)(" Paris")["input_ids"][0]

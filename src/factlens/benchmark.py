@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from factlens import models
+from factlens import models, runs
 from factlens.engines.one_pass import run_one_pass
 from factlens.engines.passes import block_weights, cut_into_passes, lines_of
 from factlens.engines.plain import run_plain
@@ -77,7 +77,7 @@ def problem(model: Model, kind: str, window: int = WINDOW) -> Problem:
     )
     shape = (SAMPLES, SUBJECT[1] - SUBJECT[0], int(models.cfg(model).d_model))
     noise = torch.randn(shape, dtype=torch.float64, generator=generator) * 0.06
-    top = int(models.logits_of(model, ids, keep=1)[0, -1].argmax())
+    top = int(runs.logits_of(model, ids, keep=1)[0, -1].argmax())
     return Problem(ids, SUBJECT, noise, cells, Readout(torch.tensor([top])))
 
 

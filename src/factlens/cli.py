@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from factlens.terminal import console, print_table, progress, show_trace
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -134,7 +136,7 @@ def trace(
         wanted: Any = read_facts(facts) if facts is not None else Fact(str(prompt), str(subject))
         _check_writable(out)
         hooked = _load(model, device, dtype)
-        with _progress("tracing") as tell:
+        with progress("tracing") as tell:
             traced = run(
                 hooked,
                 wanted,
@@ -151,7 +153,7 @@ def trace(
                 engine=engine,
                 progress=lambda done, total, fact: tell(done, total, fact.prompt),
             )
-        _show_trace(traced, strongest)
+        show_trace(traced, strongest)
         _write_trace(traced, out, shared_scale)
 
 
@@ -188,7 +190,7 @@ def models_command(
         elif name == "atlas":
             from rich.markdown import Markdown
 
-            _console().print(Markdown((atlas.CHECKPOINT / "card.md").read_text(encoding="utf-8")))
+            console().print(Markdown((atlas.CHECKPOINT / "card.md").read_text(encoding="utf-8")))
         elif name is not None:
             _show_config(name)
         else:
@@ -196,8 +198,8 @@ def models_command(
                 (config.name, ", ".join(config.models), str(config.trace.window), config.note)
                 for config in known_configs().values()
             ]
-            _print_table(("config", "serves", "window", "note"), rows)
-            _console().print("Any other hub name or local folder works too, with defaults.")
+            print_table(("config", "serves", "window", "note"), rows)
+            console().print("Any other hub name or local folder works too, with defaults.")
 
 
 @app.command()
@@ -210,7 +212,7 @@ def data(
 
     with _clear_errors():
         if name is None:
-            _print_table(
+            print_table(
                 ("name", "what", "from", "sha256"),
                 [
                     (
@@ -224,16 +226,10 @@ def data(
         elif name != "known_1000":
             raise _usage(f"there is no data set {name!r}; there is known_1000")
         else:
-            _console().print(f"{download_known_1000(folder)}", soft_wrap=True)
+            console().print(f"{download_known_1000(folder)}", soft_wrap=True)
 
 
 # -- what commands share ---------------------------------------------------------------------------
-
-
-def _console(*, stderr: bool = False) -> Any:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)
 
 
 def _usage(message: str) -> Exception:
@@ -261,11 +257,6 @@ def _clear_errors() -> Iterator[None]:
         except FactlensError as error:
             print(f"factlens: {' '.join(str(error).split())}", file=sys.stderr)
             raise typer.Exit(2) from None
-        except MemoryError:
-            print(
-                "factlens: out of memory; use fewer --samples, or a smaller model", file=sys.stderr
-            )
-            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print("factlens: interrupted; nothing was written", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -273,6 +264,7 @@ def _clear_errors() -> Iterator[None]:
 
 def _load(name: str, device: str | None, dtype: str) -> Model:
     import torch
+    from rich.markup import escape
 
     from factlens.models import load_model
 
@@ -281,7 +273,7 @@ def _load(name: str, device: str | None, dtype: str) -> Model:
         raise _usage(f"no dtype {dtype!r}; there are {', '.join(types)}")
     if device is not None:
         _check_device(device)
-    with _console(stderr=True).status(f"loading {name}"):
+    with console(stderr=True).status(f"loading {escape(name)}"):
         return load_model(name, device=device, dtype=types[dtype])
 
 
@@ -307,23 +299,6 @@ def _level(given: str | None) -> float | str | None:
         raise _usage(f"--noise-level is a number or 'facts', not {given!r}") from None
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    """A bar with the time left, on stderr; nothing where nobody looks."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-
-        def tell(done: int, total: int, text: str) -> None:
-            from rich.markup import escape
-
-            bar.update(task, completed=done, total=total, description=f"{what} {escape(text[:48])}")
-
-        yield tell
-
-
 def _check_writable(out: Path) -> None:
     """Find out before the work, not after it."""
     from factlens.errors import OutputError
@@ -337,55 +312,6 @@ def _check_writable(out: Path) -> None:
         raise OutputError(
             f"cannot write to the folder {out}: {error.strerror}; use --out"
         ) from None
-
-
-def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        numeric = bool(rows) and isinstance(rows[0][number], float | int)
-        table.add_column(column, justify="right" if numeric else "left")
-    for row in rows:
-        # Text, not markup: cells come from data.
-        table.add_row(*[Text(f"{x:.4f}" if isinstance(x, float) else str(x)) for x in row])
-    _console().print(table)
-
-
-def _show_trace(traced: Trace, count: int) -> None:
-    """The terminal summary: total effects, then the strongest cells of each kind."""
-    from rich.text import Text
-
-    totals = traced.totals().head(10)
-    for row in totals.itertuples(index=False):
-        line = Text.assemble((row.prompt, "bold"), " → ", (row.answer.strip(), "bold"))
-        line.append(f"   clean {row.clean:.3f}, corrupted {row.corrupted:.3f}")
-        line.append(f", total effect {row.total_effect:+.3f}")
-        _console().print(line, soft_wrap=True)
-    if len(traced) > len(totals):
-        _console().print(f"… and {len(traced) - len(totals)} more facts")
-    rows = []
-    for kind in dict.fromkeys(traced.frame["kind"]):
-        for cell in traced.strongest(count, kind=kind).itertuples(index=False):
-            token = cell.token.strip() or "␣"
-            rows.append(
-                (kind, cell.window, cell.severed, cell.layer, token, cell.role, float(cell.effect))
-            )
-    _print_table(("kind", "window", "severed", "layer", "token", "role", "effect"), rows)
-    info = traced.info
-    _console().print(
-        f"{info['model']}, {info['engine']} engine, {info['samples']} samples, noise level "
-        f"{info['noise_level']:.4f} ({info['noise_source']}), {info['seconds']:.2f} s",
-        style="dim",
-        soft_wrap=True,
-    )
-    if info["fallback_reason"]:
-        _console().print(f"one forward pass per cell, because {info['fallback_reason']}")
-    for prompt, reason in traced.skipped[:5]:
-        print(f"skipped {prompt!r}: {reason}", file=sys.stderr)
-    if len(traced.skipped) > 5:
-        print(f"… and {len(traced.skipped) - 5} more facts skipped", file=sys.stderr)
 
 
 def _write_trace(traced: Trace, out: Path, shared_scale: bool) -> None:
@@ -402,7 +328,7 @@ def _write_trace(traced: Trace, out: Path, shared_scale: bool) -> None:
     paths.append(traced.save(out / "trace.parquet"))
     paths.append(write_text(traced.frame.to_csv(index=False), out / "trace.csv"))
     for path in paths:
-        _console().print(str(path), soft_wrap=True, markup=False)
+        console().print(str(path), soft_wrap=True, markup=False)
 
 
 def _measure(name: str, split: str, device: str | None) -> None:
@@ -413,13 +339,13 @@ def _measure(name: str, split: str, device: str | None) -> None:
     if split not in splits:
         raise _usage(f"no split {split!r}; there are {', '.join(splits)}")
     hooked = _load(name, device, "float32")
-    with _progress("asking") as tell:
+    with progress("asking") as tell:
         known = ask(hooked, bundled_facts(cast("Any", split)), progress=lambda d, t: tell(d, t, ""))
     table = known.by_relation()
     rows = [tuple(row) for row in table.itertuples(index=False)]
     total, asked = int(table["known"].sum()), int(table["asked"].sum())
     rows.append(("all", asked, total, total / asked))
-    _print_table(("relation", "asked", "known", "share"), rows)
+    print_table(("relation", "asked", "known", "share"), rows)
 
 
 def _show_config(name: str) -> None:
@@ -432,7 +358,7 @@ def _show_config(name: str) -> None:
     rows = [("config", f"configs/{config.name}.yaml"), ("serves", ", ".join(config.models))]
     rows += [(key, str(value)) for key, value in vars(config.trace).items() if value is not None]
     rows += [("note", config.note)] if config.note else []
-    _print_table(("key", "value"), rows)
+    print_table(("key", "value"), rows)
 
 
 def main() -> None:

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from factlens import models
+from factlens import models, runs
 from factlens.configs import config_for
 from factlens.errors import PlanError
 from factlens.facts import bundled_subjects
-from factlens.fingerprints import fingerprint
+from factlens.fingerprints import remembered_fingerprint
 from factlens.models import Model
 from factlens.types import Noise
 
@@ -83,7 +83,7 @@ def replacement(model: Model, prompt_ids: Tensor, subject: tuple[int, int], othe
         )
     swapped = prompt_ids.clone()
     swapped[0, begin:end] = torch.tensor(fitting[0])
-    own, others = (models.token_embeddings(model, ids).double() for ids in (prompt_ids, swapped))
+    own, others = (runs.token_embeddings(model, ids).double() for ids in (prompt_ids, swapped))
     return (others - own)[:, begin:end].cpu()
 
 
@@ -124,7 +124,7 @@ def measure_level(model: Model, subjects: Sequence[str]) -> float:
     context = int(models.cfg(model).n_ctx)
     rows = torch.cat(
         [
-            models.token_embeddings(model, part[None])[0].double().cpu()
+            runs.token_embeddings(model, part[None])[0].double().cpu()
             for part in tokens.split(context)
         ]
     )
@@ -164,7 +164,9 @@ def noise_level(
 
 def _bundled_level(model: Model) -> float:
     subjects = bundled_subjects()
-    digest = hashlib.sha256("\0".join([fingerprint(model), *subjects]).encode()).hexdigest()
+    digest = hashlib.sha256(
+        "\0".join([remembered_fingerprint(model), *subjects]).encode()
+    ).hexdigest()
     cache = cache_folder() / "noise" / f"{digest[:32]}.json"
     with_cache = _read_level(cache)
     if with_cache is not None:

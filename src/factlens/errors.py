@@ -9,6 +9,7 @@
     ├── ConfigError (ValueError)          a configuration with unknown or impossible keys
     ├── ModelNotFound (LookupError)       no such model, folder, or no network to fetch it
     ├── ModelUnsupported (TypeError)      a model without the hook points that are needed
+    ├── OutOfMemory (MemoryError)          a model or a run that does not fit
     ├── TraceFileError (ValueError)       a stored trace that is corrupt or not a trace
     ├── DownloadError (OSError)           a file that cannot be fetched, or is not what was expected
     └── OutputError (OSError)             a place that cannot be written
@@ -51,6 +52,10 @@ class ModelNotFound(FactlensError, LookupError):
 
 class ModelUnsupported(FactlensError, TypeError):
     """A model without the hook points that are needed."""
+
+
+class OutOfMemory(FactlensError, MemoryError):
+    """A model or a run that does not fit into memory."""
 
 
 class TraceFileError(FactlensError, ValueError):

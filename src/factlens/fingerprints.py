@@ -6,6 +6,7 @@ names (`blocks.3.attn.W_Q`), so a bridge and an unprocessed `HookedTransformer` 
 """
 
 import hashlib
+import weakref
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -47,6 +48,25 @@ def fingerprint(model: Model) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_bytes(tensor if whole else _sample(tensor)))
     return digest.hexdigest()
+
+
+_known: "weakref.WeakKeyDictionary[Model, tuple[bytes, str]]" = weakref.WeakKeyDictionary()
+
+
+def remembered_fingerprint(model: Model) -> str:
+    """`fingerprint`, computed again only when a sample of the weights or the sum of some `W_out` has changed.
+
+    Hashing all of every `W_out` takes seconds on a large model, too long for each of many traces.
+    """
+    digest = hashlib.sha256()
+    for _, tensor, whole in _weights(model):
+        digest.update(_bytes(_sample(tensor)))
+        if whole:
+            digest.update(_bytes(tensor.detach().sum(dtype=torch.float64)[None]))
+    quick = digest.digest()
+    if model not in _known or _known[model][0] != quick:
+        _known[model] = (quick, fingerprint(model))
+    return _known[model][1]
 
 
 def _weights(model: Model) -> Iterator[tuple[str, Tensor, bool]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from factlens import models
+from factlens import models, runs
 from factlens.engines.problems import Progress, no_progress
 from factlens.errors import FactError, PlanError
 from factlens.facts import Fact, bundled_facts
@@ -149,5 +149,5 @@ def _batches(
 def _first_ranked(model: Model, batch: Sequence[tuple[int, list[int], list[int]]]) -> list[bool]:
     rows = torch.tensor([prompt + answer[:-1] for _, prompt, answer in batch])
     answers = torch.tensor([answer for _, _, answer in batch])
-    logits = models.logits_of(model, rows, keep=answers.shape[1])
+    logits = runs.logits_of(model, rows, keep=answers.shape[1])
     return (logits.argmax(dim=-1).cpu() == answers).all(dim=1).tolist()

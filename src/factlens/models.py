@@ -1,4 +1,4 @@
-"""The only importer of transformer_lens: loading, running, hook names, weights.
+"""The only importer of transformer_lens: loading, what a model is, hook names, weights.
 
 Two classes carry the hook points factlens stands on, and both are accepted everywhere: a `TransformerBridge`
 (TransformerLens 4, what `load_model` returns) and a `HookedTransformer` (TransformerLens 3.9, the user's own). What
@@ -10,19 +10,18 @@ import copy
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from einops import repeat
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from factlens import atlas
-from factlens.errors import ModelNotFound, ModelUnsupported
-from factlens.prefixes import HuggingFacePrefix, KeyValues, LensPrefix
-from factlens.types import Act, Hooks, Logits, Tokens
+from factlens.configs import TraceDefaults, config_for
+from factlens.errors import ModelNotFound, ModelUnsupported, OutOfMemory
 
 Model = nn.Module
 """A `TransformerBridge` or a `HookedTransformer`."""
@@ -54,8 +53,6 @@ def load_model(
         ModelNotFound: no such folder or hub name, a broken folder, or no network and nothing in the cache.
         ModelUnsupported: TransformerLens has no adapter for the architecture, or it lacks hook points.
     """
-    from factlens.configs import config_for
-
     label = BUNDLED if name is None else str(name)
     if label == BUNDLED:
         source = str(atlas.CHECKPOINT)
@@ -172,8 +169,10 @@ def _explain(error: Exception, label: str, source: str) -> Exception:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     first = str(error).strip().split("\n")[0][:200] or type(error).__name__
-    if isinstance(error, ModelNotFound | ModelUnsupported | KeyboardInterrupt):
-        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in first:
+        return OutOfMemory(
+            f"the model {label!r} does not fit into memory; use dtype bfloat16, or another device"
+        )
     if "Unsupported architecture" in str(error) or "not supported" in str(error):
         return ModelUnsupported(f"TransformerLens has no adapter for the model {label!r}: {first}")
     if os.path.isdir(source):
@@ -261,6 +260,18 @@ def _without_added_bos(given: Any, model_type: str) -> Any:
     return bare
 
 
+def trace_defaults(model: Model) -> TraceDefaults:
+    """What tracing uses unless told otherwise: the config's numbers, by the model's name or its architecture.
+
+    A window as wide as the model would restore everything, so there it is cut to half the layers.
+    """
+    config = config_for(model_name(model), architecture(model))
+    defaults = config.trace if config is not None else TraceDefaults()
+    if defaults.window < n_layers(model):
+        return defaults
+    return replace(defaults, window=max(1, n_layers(model) // 2))
+
+
 def n_layers(model: Model) -> int:
     """Number of blocks."""
     return int(cfg(model).n_layers)
@@ -339,155 +350,3 @@ def mlp_input_site(model: Model, layer: int) -> str | None:
 def W_out(model: Model, layer: int) -> Float[Tensor, "d_mlp d_model"]:
     """The MLP's output matrix, in the row convention `key @ W_out`; a view on models with `nn.Linear`."""
     return cast(Any, model).blocks[layer].mlp.W_out
-
-
-# -- running ---------------------------------------------------------------------------------------
-
-
-def logits_of(model: Model, tokens: Tokens, hooks: Hooks | None = None, keep: int = 0) -> Logits:
-    """Run `tokens` through the whole model; logits at the last `keep` positions, or at all for 0."""
-    runner, bridge = cast(Any, model), is_bridge(model)
-    tokens = tokens.to(device_of(model))
-    with torch.inference_mode():
-        if bridge:
-            options = {"logits_to_keep": keep} if keep else {}
-            return runner.run_with_hooks(tokens, fwd_hooks=hooks or [], **options)
-        return runner.run_with_hooks(tokens, fwd_hooks=(hooks or []) + _only_last(model, keep))
-
-
-def run_with_cache(
-    model: Model, tokens: Tokens, names: Sequence[str], hooks: Hooks | None = None
-) -> tuple[Logits, dict[str, Tensor]]:
-    """Run `tokens` under `hooks`, and keep the activations at `names` as they leave those hooks."""
-    stored: dict[str, Tensor] = {}
-
-    def storing(name: str) -> tuple[str, Any]:
-        def store(act: Tensor, hook: object = None) -> Tensor:
-            stored[name] = act.detach().clone()
-            return act
-
-        return name, store
-
-    logits = logits_of(model, tokens, (hooks or []) + [storing(name) for name in names])
-    return logits, stored
-
-
-def embed(model: Model, tokens: Tokens, hooks: Hooks) -> Act:
-    """The stream that enters block 0: embeddings under `hooks`, with positions where they are added there."""
-    with torch.inference_mode():
-        return cast(Any, model).run_with_hooks(
-            tokens.to(device_of(model)), fwd_hooks=hooks, stop_at_layer=0
-        )
-
-
-def run_stream(
-    model: Model,
-    stream: Act,
-    tokens: Int[Tensor, "1 pos"],
-    hooks: Hooks,
-    keys: KeyValues,
-    keep: int,
-) -> Float[Tensor, "forks keep d_vocab"]:
-    """Run the blocks over `stream`, whose rows a hook may change in number between two blocks.
-
-    `keys` is asked at each layer for the keys and values of earlier positions (`KeyValues`). The model itself is
-    given one row of `tokens`, so that every mask and position it builds broadcasts over however many rows there are.
-    """
-    runner = cast(Any, model)
-    with torch.inference_mode():
-        if not is_bridge(model):
-            hooks = hooks + _only_last(model, keep)
-            prefix = LensPrefix(keys, n_layers(model))
-            return runner.run_with_hooks(
-                stream, fwd_hooks=hooks, start_at_layer=0, past_kv_cache=prefix
-            )
-
-        # Not a hook at resid_pre: OPT's block looks at its rows before that fires.
-        with _entering(runner.blocks[0], stream):
-            return runner.run_with_hooks(
-                tokens[:1].to(device_of(model)),
-                fwd_hooks=hooks,
-                past_key_values=HuggingFacePrefix(keys),
-                logits_to_keep=keep,
-            )
-
-
-@contextlib.contextmanager
-def _entering(block: nn.Module, stream: Act) -> Iterator[None]:
-    """Let `block` be called with `stream`, whatever it would have been called with."""
-
-    def swap(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (stream, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": stream}
-
-    handle = block.register_forward_pre_hook(swap, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _only_last(model: Model, keep: int) -> Hooks:
-    """HookedTransformer has no `logits_to_keep`: cut the stream before the unembedding instead."""
-
-    def cut(act: Tensor, hook: object = None) -> Tensor:
-        return act[:, -keep:]
-
-    return [(site(n_layers(model) - 1, "resid_post"), cut)] if keep else []
-
-
-@contextlib.contextmanager
-def fused_activations(model: Model) -> Iterator[None]:
-    """Let GPT-2's GELU run as one kernel instead of eight for the length of a `with` block.
-
-    `gelu_new` is the tanh approximation that torch has fused; written out, as Hugging Face and TransformerLens do, it
-    takes as long on a CPU as a tenth of the MLP's matrix products. The values differ in the last bit.
-    """
-
-    def fused(act: Tensor) -> Tensor:
-        return torch.nn.functional.gelu(act, approximate="tanh")
-
-    written_out = [m for m in model.modules() if type(m).__name__ == "NewGELUActivation"]
-    lens = [
-        m for m in model.modules() if getattr(getattr(m, "act_fn", 0), "__name__", "") == "gelu_new"
-    ]
-    before = [module.act_fn for module in lens]
-    for module in written_out:
-        module.forward = fused  # type: ignore[method-assign]
-    for module in lens:
-        module.act_fn = fused  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in written_out:
-            del module.forward
-        for module, function in zip(lens, before, strict=True):
-            module.act_fn = function
-
-
-def token_embeddings(model: Model, tokens: Tokens) -> Act:
-    """What `hook_embed` carries for `tokens`: the embeddings that corruption acts on."""
-    caught: list[Tensor] = []
-
-    def catch(act: Tensor, hook: object = None) -> Tensor:
-        caught.append(act.detach().clone())
-        return act
-
-    embed(model, tokens, [(EMBED, catch)])
-    return caught[0]
-
-
-def rows_of(act: Tensor, rows: int) -> Tensor:
-    """One run's activation, repeated for a batch of `rows`."""
-    return repeat(act, "1 ... -> row ...", row=rows)
-
-
-def hooked(model: Model, hooks: Hooks) -> Any:
-    """A context in which every run of `model` goes through `hooks`."""
-    return cast(Any, model).hooks(fwd_hooks=hooks)
-
-
-def state_tensors(model: Model) -> Mapping[str, Tensor]:
-    """The parameters and their names, in TransformerLens's layout where it offers one."""
-    return dict(cast(Any, model).state_dict())

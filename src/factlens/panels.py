@@ -10,7 +10,6 @@ from typing import Any
 import plotly.graph_objects as go
 
 from factlens import models, plots
-from factlens.configs import config_for
 from factlens.errors import FactlensError, FactWarning
 from factlens.facts import Fact
 from factlens.models import Model
@@ -43,7 +42,7 @@ def explore(
         prompt: what the panel opens with, as are the arguments up to `severed`.
         subject: in the words of the prompt.
         kind: "state", "mlp" or "attn".
-        window: width of MLP and attention windows in layers; None takes the model's config.
+        window: width of MLP and attention windows in layers; None takes `models.trace_defaults`.
         severed: "none", "mlp", "attn" or "both".
         trace_options: anything else that `trace` takes, such as `noise_level=` or `samples=`.
 
@@ -54,8 +53,7 @@ def explore(
     """
     models.check_model(model)
     if window is None:
-        config = config_for(models.model_name(model), models.architecture(model))
-        window = config.trace.window if config is not None else 10
+        window = models.trace_defaults(model).window
     check_choices((kind,), (window,), (severed,))
     panel = Panel(model, Fact(prompt, subject), kind, window, severed, trace_options)
     panel.press()

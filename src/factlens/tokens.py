@@ -111,6 +111,10 @@ def tokenize(
         for position, (start, stop) in enumerate(offsets)
         if start < begin + len(subject) and stop > begin
     ]
+    if not inside:
+        raise FactError(
+            f"the tokenizer drops the subject {subject!r} from {prompt!r}; name another"
+        )
     words = tuple(tokenizer.decode([each]) for each in ids)
     span = (inside[0], inside[-1] + 1)
     return TokenizedPrompt(torch.tensor([ids]), words, span, occurrences)

@@ -4,7 +4,6 @@ import logging
 import platform
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -12,27 +11,19 @@ from importlib.metadata import PackageNotFoundError, version
 import pandas as pd
 import torch
 
-from factlens import models
-from factlens.configs import config_for
+from factlens import models, runs
 from factlens.corruption import NoiseLevel, fact_seed, noise_for, noise_level
-from factlens.engines.one_pass import run_one_pass
-from factlens.engines.plain import run_plain
-from factlens.engines.problems import METRICS, Answers, Problem, Progress, Readout, no_progress
+from factlens.engines.choosing import ENGINES, run_engine
+from factlens.engines.problems import METRICS, Answers, Problem, Readout
 from factlens.errors import FactError, FactWarning, PlanError
 from factlens.facts import Fact
-from factlens.fingerprints import fingerprint
+from factlens.fingerprints import remembered_fingerprint
 from factlens.models import Model
 from factlens.plans import KINDS, as_tuple, plan, plan_sites
 from factlens.tokens import TokenizedPrompt, answer_ids, tokenize
 from factlens.traces import Trace, concat
 
 log = logging.getLogger("factlens")
-
-ENGINES = ("auto", "one-pass", "plain")
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-"""Largest difference in probability between the engines at which `auto` trusts the one-pass engine. Narrower types
-round more with every change of the batch size: `PROBE_TOLERANCE_NARROW`."""
-PROBE_TOLERANCE_NARROW = 5e-2
 
 FactProgress = Callable[[int, int, Fact], None]
 """Told (cells done, cells in all, the fact at work)."""
@@ -92,7 +83,8 @@ def trace(
         model: from `load_model`, or your own `TransformerBridge` or `HookedTransformer`.
         facts: a `Fact`, a prompt (with `subject=`), or several facts.
         kinds: "state" (block outputs, and the embedding as layer -1), "mlp", "attn".
-        window: width of MLP and attention windows in layers, one or several; None takes the model's config.
+        window: width of MLP and attention windows in layers, one or several; None takes the model's own
+            (`models.trace_defaults`): the paper's 10, or half the layers where 10 would be all of them.
         severed: "none", "mlp", "attn", "both": what is frozen at its corrupted value (ROME, Figure 3).
         noise: "gaussian", "uniform", "rome" (the official code's draws), "replace:<other subject>".
         noise_level: a number; None for the model's own (`factlens.corruption.noise_level`); "facts" for 3 sigma over
@@ -119,15 +111,14 @@ def trace(
     wanted: list[Fact] = [_as_fact(facts, subject)] if single else list(facts)  # type: ignore
     if not wanted:
         raise FactError("no facts to trace")
-    config = config_for(models.model_name(model), models.architecture(model))
-    defaults = config.trace if config is not None else None
+    defaults = models.trace_defaults(model)
     settings = _Settings(
         kinds=as_tuple(kinds),
-        windows=as_tuple(window if window is not None else getattr(defaults, "window", 10)),
+        windows=as_tuple(window if window is not None else defaults.window),
         severed=as_tuple(severed),
         noise=noise,
         level=_level(model, noise, noise_level, wanted),
-        samples=samples if samples is not None else getattr(defaults, "samples", 10),
+        samples=samples if samples is not None else defaults.samples,
         seed=seed,
         metric=metric,
         answer=answer,
@@ -139,7 +130,7 @@ def trace(
         budget=budget,
     )
     _check(settings)
-    begun, print_of_model = time.perf_counter(), fingerprint(model)
+    begun, print_of_model = time.perf_counter(), remembered_fingerprint(model)
     traces: list[Trace] = []
     skipped: list[tuple[str, str]] = []
     for fact in wanted:
@@ -253,10 +244,14 @@ def _trace_one(
         if progress is not None:
             progress(done, total, fact)
 
-    answers, engine, reason = _run(model, problem, settings, tell)
-    frame = _measured(cells, answers, settings.metric)
-    info = {"engine": engine, "prefix_reuse": answers.prefix_reuse, "fallback_reason": reason}
-    info["metric"] = settings.metric
+    run = run_engine(model, problem, settings.engine, budget=settings.budget, progress=tell)
+    frame = _measured(cells, run.answers, settings.metric)
+    info = {
+        "engine": run.engine,
+        "prefix_reuse": run.answers.prefix_reuse,
+        "fallback_reason": run.fallback_reason,
+        "metric": settings.metric,
+    }
     return Trace(frame, (fact,), (text,), (prompt.subject,), info)
 
 
@@ -293,7 +288,7 @@ def _site_heads(model: Model, prompt: TokenizedPrompt, sites: Sequence[str]) -> 
             raise PlanError(
                 f"this model has no hook point {first!r}; sites look like 'blocks.{{l}}.attn.hook_z'"
             )
-        _, stored = models.run_with_cache(model, prompt.ids, [first])
+        _, stored = runs.run_with_cache(model, prompt.ids, [first])
         shape = tuple(stored[first].shape) if first in stored else ()
         if len(shape) not in (3, 4) or shape[1] != prompt.ids.shape[1]:
             raise PlanError(
@@ -312,7 +307,7 @@ def _readout(
     With it the answer as text, and what is to be said if the model does not rank the fact's object first.
     """
     tokenizer = models.tokenizer(model)
-    top = int(models.logits_of(model, prompt.ids, keep=1)[0, -1].argmax())
+    top = int(runs.logits_of(model, prompt.ids, keep=1)[0, -1].argmax())
     whole = settings.answer == "whole"
     given = fact.object if whole or settings.answer is None else settings.answer
     if whole and given is None:
@@ -326,67 +321,8 @@ def _readout(
     foil = None
     if settings.foil is not None:
         foil = answer_ids(tokenizer, fact.prompt, settings.foil)[0]
-    return Readout(torch.tensor(chosen), foil), tokenizer.decode(chosen), note
-
-
-# -- engines ---------------------------------------------------------------------------------------
-
-
-def _run(
-    model: Model, problem: Problem, settings: _Settings, progress: Progress
-) -> tuple[Answers, str, str | None]:
-    """The answers, the engine that gave them, and why it was not the one-pass engine if `auto` had to fall back."""
-    if settings.engine == "plain":
-        return run_plain(model, problem, progress=progress), "plain", None
-    if settings.engine == "one-pass":
-        return (
-            run_one_pass(model, problem, progress=progress, budget=settings.budget),
-            "one-pass",
-            None,
-        )
-    reason = (
-        f"the sites {', '.join(settings.sites)} have no one-pass form"
-        if settings.sites
-        else _distrust(model, problem)
-    )
-    if reason is not None:
-        log.warning("tracing with one forward pass per cell: %s", reason)
-        return run_plain(model, problem, progress=progress), "plain", reason
-    return run_one_pass(model, problem, progress=progress, budget=settings.budget), "one-pass", None
-
-
-_probed: "weakref.WeakKeyDictionary[Model, str | None]" = weakref.WeakKeyDictionary()
-
-
-def _distrust(model: Model, problem: Problem) -> str | None:
-    """Why the one-pass engine cannot serve this model, or None: two cells are traced by both engines, once a model.
-
-    A few forward passes buy that an architecture nobody has tried is either right or slow, never wrong.
-    """
-    if model not in _probed:
-        middle, last = models.n_layers(model) // 2, problem.subject[1] - 1
-        rows = [("state", 1, middle), ("mlp", 2, middle), ("attn", 2, middle)]
-        cells = pd.DataFrame(
-            [(0, kind, width, "none", layer, last) for kind, width, layer in rows],
-            columns=["fact", "kind", "window", "severed", "layer", "position"],
-        )
-        probe = replace(problem, cells=cells)
-        expected = run_plain(model, probe)
-        try:
-            found = run_one_pass(model, probe)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            line = str(error).split("\n")[0][:120]
-            _probed[model] = (
-                f"the one-pass engine does not run on it ({type(error).__name__}: {line})"
-            )
-            return _probed[model]
-        gap = float((found.restored[..., 0] - expected.restored[..., 0]).abs().max())
-        allowed = PROBE_TOLERANCE.get(models.dtype_of(model), PROBE_TOLERANCE_NARROW)
-        agree = gap <= allowed
-        _probed[model] = (
-            None if agree else f"the one-pass engine differs from the plain one by {gap:.1g}"
-        )
-    return _probed[model]
+    text = tokenizer.decode(chosen) + ("…" if len(ids) > len(chosen) else "")
+    return Readout(torch.tensor(chosen), foil), text, note
 
 
 def _measured(cells: pd.DataFrame, answers: Answers, metric: str) -> pd.DataFrame:
@@ -431,6 +367,3 @@ def _about(model: Model, settings: _Settings, print_of_model: str, seconds: floa
         "python": platform.python_version(),
         "versions": packages,
     }
-
-
-__all__ = ["no_progress", "trace"]

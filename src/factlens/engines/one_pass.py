@@ -21,10 +21,16 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from factlens import models
+from factlens import models, runs
 from factlens.corruption import spread
 from factlens.engines.passes import Line, Pass, cut_into_passes
-from factlens.engines.problems import Answers, Problem, Progress, no_progress
+from factlens.engines.problems import (
+    Answers,
+    Problem,
+    Progress,
+    is_out_of_memory,
+    no_progress,
+)
 from factlens.models import Model
 from factlens.patches import EMBEDDING, corrupt, fork, substitute
 from factlens.plans import is_zero
@@ -69,7 +75,7 @@ def run_one_pass(
     `budget` is the memory, in bytes, that one pass may take; None takes half of what is free. When memory runs out
     all the same, the passes are cut smaller and the unfinished ones run again.
     """
-    with models.fused_activations(model):
+    with runs.fused_activations(model):
         return _run(model, problem, progress, budget)
 
 
@@ -89,9 +95,9 @@ def _run(model: Model, problem: Problem, progress: Progress, budget: int | None)
         part = queue.pop(0)
         try:
             numbers = _Forks(model, problem, base, part).run()
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             halves = part.halves()
-            if not _is_out_of_memory(error) or not halves:
+            if not is_out_of_memory(error) or not halves:
                 raise
             torch.cuda.empty_cache()
             queue = [*halves, *queue]
@@ -101,12 +107,6 @@ def _run(model: Model, problem: Problem, progress: Progress, budget: int | None)
             done += len(line.rows_of_cells)
         progress(done, len(cells))
     return Answers(measured[0], measured[1:], restored, prefix_reuse=True)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it; the CPU allocator only a message."""
-    kinds = torch.OutOfMemoryError | MemoryError
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 # -- base pass -------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def run_base(model: Model, problem: Problem) -> tuple[BaseRun, Logits]:
     base = BaseRun(samples, keys=KeyValues(record=rows))
     noise = spread(problem.noise, problem.subject, length, clean_rows=1)
     tokens = repeat(problem.tokens, "1 pos -> row pos", row=rows)
-    stream = models.embed(model, tokens, corrupt(noise))
+    stream = runs.embed(model, tokens, corrupt(noise))
     base.states[EMBEDDING] = stream
 
     kinds, severed = set(cells["kind"]), set(cells["severed"])
@@ -137,7 +137,7 @@ def run_base(model: Model, problem: Problem) -> tuple[BaseRun, Logits]:
         hooks.append((models.site(layer, "resid_post"), _keep(base.states, layer, rows)))
     keep = problem.readout.keep
     stream = _with_copies(stream) if rerun_mlp else stream
-    return base, models.run_stream(model, stream, problem.tokens, hooks, base.keys, keep)
+    return base, runs.run_stream(model, stream, problem.tokens, hooks, base.keys, keep)
 
 
 def _keep(store: dict, key: object, rows: int) -> Callable[..., Tensor]:
@@ -200,7 +200,7 @@ class _Forks:
         if entering:
             stream = self._new_rows(entering, EMBEDDING)
             self._admit(entering)
-        logits = models.run_stream(
+        logits = runs.run_stream(
             self.model,
             stream,
             self.problem.tokens[:, self.start :],

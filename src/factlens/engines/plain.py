@@ -11,7 +11,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from factlens import models
+from factlens import models, runs
 from factlens.corruption import spread
 from factlens.engines.problems import Answers, Problem, Progress, no_progress
 from factlens.models import Model
@@ -49,9 +49,9 @@ def run_plain(
     keep = problem.readout.keep if lean else 0
     sites = _sites(model, problem)
 
-    clean_logits, clean = models.run_with_cache(model, problem.tokens, sites)
-    clean = {name: models.rows_of(act, rows) for name, act in clean.items()}
-    corrupted_logits, corrupted = models.run_with_cache(model, tokens, sites, corrupt(noise))
+    clean_logits, clean = runs.run_with_cache(model, problem.tokens, sites)
+    clean = {name: runs.rows_of(act, rows) for name, act in clean.items()}
+    corrupted_logits, corrupted = runs.run_with_cache(model, tokens, sites, corrupt(noise))
 
     restored = torch.zeros(len(problem.cells), samples, 3)
     baseline = problem.readout(corrupted_logits)[clean_rows:]
@@ -62,7 +62,7 @@ def run_plain(
             where = torch.zeros(rows, length, dtype=torch.bool)
             where[clean_rows:, cell.position] = True
             hooks = corrupt(noise) + _patches(model, cell, clean, corrupted, where)
-            logits = models.logits_of(model, tokens, hooks, keep)
+            logits = runs.logits_of(model, tokens, hooks, keep)
             restored[number] = problem.readout(logits)[clean_rows:]
         progress(number + 1, len(problem.cells))
     return Answers(problem.readout(clean_logits)[0], baseline, restored)

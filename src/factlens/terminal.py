@@ -1,0 +1,86 @@
+"""What commands print: tables, a progress bar, the summary of a trace. rich is imported when first needed."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from factlens.traces import Trace
+
+
+def console(*, stderr: bool = False) -> Any:
+    """Where to print: standard output for results, standard error for everything else."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Any]:
+    """A bar with the time left, on stderr; nothing where nobody looks."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def tell(done: int, total: int, text: str) -> None:
+            from rich.markup import escape
+
+            bar.update(task, completed=done, total=total, description=f"{what} {escape(text[:48])}")
+
+        yield tell
+
+
+def print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """A table without lines; numbers to the right, floats with four digits."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        numeric = bool(rows) and isinstance(rows[0][number], float | int)
+        table.add_column(column, justify="right" if numeric else "left")
+    for row in rows:
+        # Text, not markup: cells come from data.
+        table.add_row(*[Text(f"{x:.4f}" if isinstance(x, float) else str(x)) for x in row])
+    console().print(table)
+
+
+def show_trace(traced: Trace, count: int) -> None:
+    """The terminal summary: total effects, then the strongest cells of each kind."""
+    from rich.text import Text
+
+    totals = traced.totals().head(10)
+    for row in totals.itertuples(index=False):
+        line = Text.assemble((row.prompt, "bold"), " → ", (row.answer.strip(), "bold"))
+        line.append(f"   clean {row.clean:.3f}, corrupted {row.corrupted:.3f}")
+        line.append(f", total effect {row.total_effect:+.3f}")
+        console().print(line, soft_wrap=True)
+    if len(traced) > len(totals):
+        console().print(f"… and {len(traced) - len(totals)} more facts")
+    rows = []
+    for kind in dict.fromkeys(traced.frame["kind"]):
+        for cell in traced.strongest(count, kind=kind).itertuples(index=False):
+            token = cell.token.strip() or "␣"
+            rows.append(
+                (kind, cell.window, cell.severed, cell.layer, token, cell.role, float(cell.effect))
+            )
+    print_table(("kind", "window", "severed", "layer", "token", "role", "effect"), rows)
+    info = traced.info
+    console().print(
+        f"{info['model']}, {info['engine']} engine, {info['samples']} samples, noise level "
+        f"{info['noise_level']:.4f} ({info['noise_source']}), {info['seconds']:.2f} s",
+        style="dim",
+        soft_wrap=True,
+    )
+    if info["fallback_reason"]:
+        console().print(f"one forward pass per cell, because {info['fallback_reason']}")
+    for prompt, reason in traced.skipped[:5]:
+        print(f"skipped {prompt!r}: {reason}", file=sys.stderr)
+    if len(traced.skipped) > 5:
+        print(f"… and {len(traced.skipped) - 5} more facts skipped", file=sys.stderr)
