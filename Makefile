@@ -10,6 +10,11 @@ PROMPT ?=
 SUBJECT ?=
 OUT ?= runs/trace
 ARGS ?=
+# Taken as they are: make would read a $ in a prompt as a variable of its own.
+override MODEL := $(value MODEL)
+override PROMPT := $(value PROMPT)
+override SUBJECT := $(value SUBJECT)
+override OUT := $(value OUT)
 export MODEL PROMPT SUBJECT OUT
 
 .PHONY: help setup trace test test-hooked-transformer check format bench notebooks figures atlas clean
@@ -39,7 +44,7 @@ setup: $(VENV)/installed-dev  ## Everything for development, in .venv
 # The shell reads the variables from the environment, so a prompt may hold any character.
 trace: $(VENV)/installed  ## Trace a fact; MODEL=, PROMPT=, SUBJECT=, OUT=, ARGS= (more options)
 	@if [ -n "$$PROMPT" ]; then \
-	  $(BIN)/factlens trace "$$PROMPT" --subject "$$SUBJECT" --model "$$MODEL" --out "$$OUT" $(ARGS); \
+	  $(BIN)/factlens trace --subject "$$SUBJECT" --model "$$MODEL" --out "$$OUT" $(ARGS) -- "$$PROMPT"; \
 	else \
 	  $(BIN)/factlens trace --model "$$MODEL" --out "$$OUT" $(ARGS); \
 	fi

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # The same numbers everywhere.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # Small models: a second thread costs more than it brings.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,18 @@ def test_the_public_names_are_pinned_documented_and_load():
     for name in factlens.__all__:
         assert getattr(factlens, name).__doc__, f"{name} has no docstring"
         assert f"`{name}" in readme or f"fl.{name}" in readme, f"{name} is not in the README"
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch, atlas):
+    monkeypatch.chdir(tmp_path)
+    readme = (SOURCE.parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert names["trace"].engine == "one-pass"
+    assert len(names["figure"].data) == 4
+    assert set(names["severed"].frame["severed"]) == {"none", "mlp", "attn"}
+    assert (tmp_path / "trace.parquet").is_file()
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -208,31 +208,35 @@ def test_bfloat16_is_traced_with_softmax_in_float32(family_folder):
 # -- mutants: each must fail the test above ----------------------------------------------------------
 
 
-def test_a_fork_one_layer_off_is_caught(family_model, monkeypatch):
+@pytest.mark.parametrize("step", [-1, 1])
+def test_a_fork_one_layer_off_is_caught(family_model, monkeypatch, step):
     state = one_pass_module._Forks._state
 
     def off(self, line, layer):
-        return state(self, line, max(0, layer - 1))
+        return state(self, line, min(max(0, layer + step), self.depth - 1))
 
     monkeypatch.setattr(one_pass_module._Forks, "_state", off)
     assert_mutant_fails(family_model("gpt2"))
 
 
-def test_a_fork_one_position_off_is_caught(family_model, monkeypatch):
+@pytest.mark.parametrize("step", [-1, 1])
+def test_a_fork_one_position_off_is_caught(family_model, monkeypatch, step):
     state = one_pass_module._Forks._state
 
     def off(self, line, layer):
-        return state(self, replace(line, position=line.position - 1), layer)
+        position = min(line.position + step, self.length - 1)
+        return state(self, replace(line, position=position), layer)
 
     monkeypatch.setattr(one_pass_module._Forks, "_state", off)
     assert_mutant_fails(family_model("gpt2"))
 
 
-def test_a_window_one_layer_too_long_is_caught(family_model, monkeypatch):
-    def longer(self, kind, layer):
-        return self.kind == kind and self.first < layer <= self.ends[0]
+@pytest.mark.parametrize("step", [-1, 1])
+def test_a_window_one_layer_off_is_caught(family_model, monkeypatch, step):
+    def wrong(self, kind, layer):
+        return self.kind == kind and self.first < layer < self.ends[0] + step
 
-    monkeypatch.setattr(Line, "restores", longer)
+    monkeypatch.setattr(Line, "restores", wrong)
     assert_mutant_fails(family_model("gpt2"))
 
 
@@ -247,6 +251,23 @@ def test_clean_and_corrupted_swapped_is_caught(family_model, monkeypatch):
 def assert_mutant_fails(model):
     problem = problem_of(model)
     with pytest.raises(AssertionError):
+        assert_engines_agree(model, problem)
+
+
+def test_prefix_reuse_is_counted_not_claimed(family_model, monkeypatch):
+    """Without the prefix the numbers are wrong and the answers say that none was reused."""
+    model = family_model("gpt2")
+    problem = problem_of(model, severed=("none",))
+    assert run_one_pass(model, problem).prefix_reuse
+
+    def forgetful(self, layer, keys, values, axis):
+        if self.record:
+            self.stored[layer] = (keys[: self.record].clone(), values[: self.record].clone())
+        return keys, values
+
+    monkeypatch.setattr("factlens.prefixes.KeyValues.update", forgetful)
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert not run_one_pass(model, problem).prefix_reuse
         assert_engines_agree(model, problem)
 
 

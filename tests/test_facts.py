@@ -49,7 +49,7 @@ def test_users_files_are_read_and_templates_filled(tmp_path, suffix):
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    some = bundled_facts()[:20]
+    some = [*bundled_facts()[:20], Fact('"Two\nlines", he said, is by', "Two\nlines")]
     write_facts(some, tmp_path / "f.csv")
     assert read_facts(tmp_path / "f.csv") == some
 
@@ -86,10 +86,10 @@ def test_missing_and_undecodable_files_are_refused(tmp_path):
 
 
 def test_a_fact_is_text():
-    with pytest.raises(FactError, match="must be text"):
-        Fact.__wrapped__ if hasattr(Fact, "__wrapped__") else facts_module.Fact.__post_init__(
-            type("F", (), {"prompt": 3, "subject": "x"})()
-        )
+    with pytest.raises(FactError, match="prompt must be text, not 3"):
+        Fact(3, "x")
+    with pytest.raises(FactError, match="object must be text, not nan"):
+        Fact("x y", "x", float("nan"))
 
 
 def test_the_bundled_facts_hold_their_subjects():

@@ -98,6 +98,17 @@ def test_it_is_traced_by_one_pass_with_prefix_reuse(build, family):
     assert (traced.engine, traced.prefix_reuse, traced.fallback_reason) == ("one-pass", True, None)
 
 
+def test_bfloat16_is_traced_within_its_rounding(build):
+    model = build("gpt2").to(torch.bfloat16)
+    try:
+        problem = problem_of(model, severed=("none",))
+        fast, slow = run_one_pass(model, problem), run_plain(model, problem)
+        assert models.dtype_of(model) == torch.bfloat16
+        assert (fast.restored[..., 0] - slow.restored[..., 0]).abs().max() < 0.05
+    finally:
+        model.to(torch.float32)
+
+
 def test_token_ids_are_hugging_faces_although_the_model_prepends_a_bos(build):
     model = build("gpt2")
     assert model.to_tokens("abc").shape[1] == 4, "its own string path prepends one"

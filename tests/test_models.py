@@ -89,6 +89,19 @@ def test_an_unknown_name_offline_says_what_to_do():
     assert "nobody/nothing" in str(caught.value)
 
 
+def test_weights_that_lack_a_tensor_are_refused_not_filled_with_noise(family_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in family_folder("gpt2").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    load_model(tmp_path)
+    del weights["transformer.h.3.mlp.c_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelNotFound, match=r"lack 1 of its tensors, such as .*h\.3\.mlp\.c_proj"):
+        load_model(tmp_path)
+
+
 def test_a_model_without_a_causal_architecture_is_refused(tmp_path):
     from transformers import BertConfig, BertModel
 

@@ -196,7 +196,7 @@ def test_warnings_of_others_go_their_usual_way(panel, monkeypatch):
 @pytest.mark.parametrize("missing", ["ipywidgets", "anywidget"])
 def test_without_the_notebook_extra_one_line_names_it(model, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf"{missing}.*pip install factlens\[notebooks\]"):
+    with pytest.raises(ImportError, match=rf"{missing}.*pip install ipywidgets anywidget"):
         fl.explore(model, PROMPT, SUBJECT)
 
 

@@ -76,7 +76,6 @@ def test_a_shared_line_splits_where_its_first_window_ends():
         ({"kinds": ()}, "no kinds"),
         ({"severed": ("x",)}, "none, mlp, attn, both"),
         ({"windows": (0,)}, "number of layers"),
-        ({"windows": (2.5,)}, "number of layers"),
     ],
 )
 def test_what_does_not_exist_is_refused_with_what_does(options, words):

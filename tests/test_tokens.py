@@ -88,6 +88,13 @@ def test_spans_of_any_text_cover_the_subject(before, subject, after):
     )
 
 
+def test_spaces_around_a_subject_do_not_take_in_its_neighbours(byte_level):
+    bare, spaced = (
+        tokenize(byte_level, PROMPT, each) for each in ("Space Needle", " Space Needle ")
+    )
+    assert bare.subject == spaced.subject
+
+
 def test_a_start_token_is_never_subject(with_bos):
     found = tokenize(with_bos, "abc is", "abc")
     assert found.subject == (1, 4)

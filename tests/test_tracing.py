@@ -160,7 +160,8 @@ def test_symmetric_replacement_swaps_the_subjects_embeddings(atlas):
     answer = models.tokenizer(atlas)(" Paris")["input_ids"][0]
     expected = other[0, -1].softmax(-1)[answer].item()
     assert swapped.frame["prob_corrupted"].iloc[0] == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(PlanError, match="same length"):
+    assert swapped.info["samples"] == 1
+    with pytest.raises(FactError, match="same length"):
         trace(atlas, FACT, noise="replace:Italy")
 
 
@@ -239,6 +240,12 @@ def test_a_prompt_that_is_its_subject_warns_once(atlas):
         ({"noise": "pink"}, PlanError, "gaussian"),
         ({"answer": "whole"}, FactError, "object"),
         ({"facts": []}, FactError, "no facts"),
+        ({"facts": ["a", "b"], "subject": None}, FactError, "is no Fact"),
+        ({"facts": [FACT]}, FactError, "bring their own"),
+        ({"severed": []}, PlanError, "nothing to trace"),
+        ({"noise_level": float("inf")}, PlanError, "from 0 up"),
+        ({"sites": "blocks.{layer}.hook_mlp_out"}, PlanError, "must say {l}"),
+        ({"facts": "Paris \ud800 is", "subject": "Paris"}, FactError, "not valid text"),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(atlas, options, error, words):

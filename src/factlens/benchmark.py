@@ -43,7 +43,7 @@ class Row:
     lean: float
     one_pass: float
     flops: float
-    """FLOPs of one-pass by `needed_flops`, a lower limit for any way that runs no block twice."""
+    """FLOPs by `needed_flops`: what remains when no block runs twice for the same rows."""
     rate: float
     """FLOP per second of this machine in a matrix product of the model's size, measured beside it."""
     difference: float
@@ -82,7 +82,7 @@ def problem(model: Model, kind: str, window: int = WINDOW) -> Problem:
 
 
 def needed_flops(model: Model, task: Problem) -> float:
-    """FLOPs of the matrices that every exact way has to apply: 2 for each weight, token and distinct run.
+    """FLOPs of the matrix products when no block runs twice for the same rows: 2 for each weight, token and run.
 
     Counts the base pass, each distinct run from the block after its fork to the last, over the positions from its own
     on (in the last block only attention there, and the MLP at the last position), and one unembedding for each run.
@@ -193,6 +193,11 @@ def main(
     console = Console(soft_wrap=True, highlight=False)
     if threads:
         torch.set_num_threads(threads)
+    known = [models.BUNDLED, *SHAPES]
+    if wrong := [each for each in shapes or [] if each not in known]:
+        raise typer.BadParameter(f"no shape {wrong[0]!r}; there are {', '.join(known)}")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"no dtype {dtype!r}; there are float32, bfloat16, float16")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     usual = ["atlas", "gpt2-small", "gpt2-medium", *(["gpt2-xl"] if where != "cpu" else [])]
     chosen = ["atlas"] if quick else (shapes or usual)

@@ -31,6 +31,8 @@ app = typer.Typer(
     ),
 )
 
+DRAWN = 20
+"""Facts drawn on a page; its table and the Parquet file hold all."""
 DEFAULT_PROMPT = "The mother tongue of Isaac Newton is"
 DEFAULT_SUBJECT = "Isaac Newton"
 
@@ -40,9 +42,7 @@ ModelName = Annotated[
         "--model", "-m", help="atlas (bundled), a hub name such as gpt2-xl, or a local folder."
     ),
 ]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.")
-]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")]
 Precision = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 
 
@@ -226,7 +226,7 @@ def data(
         elif name != "known_1000":
             raise _usage(f"there is no data set {name!r}; there is known_1000")
         else:
-            console().print(f"{download_known_1000(folder)}", soft_wrap=True)
+            console().print(f"{download_known_1000(folder)}", soft_wrap=True, markup=False)
 
 
 # -- what commands share ---------------------------------------------------------------------------
@@ -257,8 +257,14 @@ def _clear_errors() -> Iterator[None]:
         except FactlensError as error:
             print(f"factlens: {' '.join(str(error).split())}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except MemoryError:
+            print(
+                "factlens: out of memory; use fewer --samples or a narrower --dtype",
+                file=sys.stderr,
+            )
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            print("factlens: interrupted; nothing was written", file=sys.stderr)
+            print("factlens: interrupted; no file was left half-written", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
@@ -283,7 +289,7 @@ def _check_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise _usage(f"there is no device {device!r}; use cpu, cuda or mps") from None
+        raise _usage(f"there is no device {device!r}; use cpu or cuda") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise _usage(
             f"the device {device!r} is not there: torch sees no CUDA GPU; use --device cpu"
@@ -303,26 +309,30 @@ def _check_writable(out: Path) -> None:
     """Find out before the work, not after it."""
     from factlens.errors import OutputError
 
-    probe = out / ".factlens-probe"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(
-            f"cannot write to the folder {out}: {error.strerror}; use --out"
-        ) from None
+            f"cannot write to the folder {out}: {nearest} is no writable folder; use --out"
+        )
 
 
 def _write_trace(traced: Trace, out: Path, shared_scale: bool) -> None:
+    from factlens.errors import OutputError
     from factlens.plots import heatmap
     from factlens.reports import trace_page, write_text
 
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {out}: {error.strerror}; use --out") from None
     cuts = dict.fromkeys(traced.frame["severed"])
+    wide = traced.frame[traced.frame["kind"] != "state"]["window"]
+    widths: list[int | None] = list(dict.fromkeys(int(width) for width in wide)) or [None]
     figures = [
-        heatmap(traced, fact=fact, severed=cut, shared_scale=shared_scale)
-        for fact in range(min(len(traced), 20))
+        heatmap(traced, fact=fact, severed=cut, window=width, shared_scale=shared_scale)
+        for fact in range(min(len(traced), DRAWN))
         for cut in cuts
+        for width in widths
     ]
     paths = [write_text(trace_page(traced, figures), out / "trace.html")]
     paths.append(traced.save(out / "trace.parquet"))

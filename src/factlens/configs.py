@@ -105,6 +105,7 @@ def config_for(name: str, architecture: str | None = None) -> ModelConfig | None
         if name in served or short in {each.rsplit("/", 1)[-1].lower() for each in served}:
             return config
     for config in known_configs().values():
-        if architecture and architecture in config.architectures:
+        plain = [each.replace("_", "") for each in config.architectures]
+        if architecture and architecture.replace("_", "") in plain:
             return config
     return None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from factlens import models, runs
 from factlens.configs import config_for
-from factlens.errors import PlanError
+from factlens.errors import FactError, PlanError
 from factlens.facts import bundled_subjects
 from factlens.fingerprints import remembered_fingerprint
 from factlens.models import Model
@@ -69,7 +69,7 @@ def replacement(model: Model, prompt_ids: Tensor, subject: tuple[int, int], othe
     """The noise that turns the subject's embeddings into those of `other`: one sample, no randomness.
 
     Raises:
-        PlanError: `other` has another number of tokens, with and without a leading space.
+        FactError: `other` has another number of tokens, with and without a leading space.
     """
     begin, end = subject
     tokenizer = models.tokenizer(model)
@@ -77,7 +77,7 @@ def replacement(model: Model, prompt_ids: Tensor, subject: tuple[int, int], othe
     tried = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
     fitting = [ids for ids in tried if len(ids) == end - begin]
     if not fitting:
-        raise PlanError(
+        raise FactError(
             f"the replacement {other!r} has {len(tried[0])} tokens and the subject {end - begin}; "
             "symmetric replacement needs a subject of the same length"
         )
@@ -140,7 +140,7 @@ def noise_level(
     """The level that belongs to the model, so that a fact gets the same number alone as among a thousand.
 
     A number is taken as it is; "facts" measures 3 sigma over `subjects` (the paper's rule); None takes the config's
-    number for this model's name, else 3 sigma over the bundled subjects, kept by the model's fingerprint.
+    number for this very name and unprocessed weights, else 3 sigma over the bundled subjects, kept by the model's fingerprint.
 
     Raises:
         PlanError: a negative number, or another word than "facts".
@@ -152,11 +152,12 @@ def noise_level(
     if isinstance(given, str):
         raise PlanError(f"noise_level is a number, 'facts' or None, not {given!r}")
     if given is not None:
-        if not given >= 0:
-            raise PlanError(f"a noise level is at least 0, not {given}")
+        if not 0 <= given < float("inf"):
+            raise PlanError(f"a noise level is a number from 0 up, not {given}")
         return NoiseLevel(float(given), "given")
-    config = config_for(models.model_name(model))
-    if config is not None and config.trace.noise_level is not None:
+    name = models.model_name(model)
+    config = config_for(name) if models.processing(model) == "none" else None
+    if config is not None and name in config.models and config.trace.noise_level is not None:
         source = config.trace.noise_source or "no source stated"
         return NoiseLevel(config.trace.noise_level, f"configs/{config.name}.yaml: {source}")
     return NoiseLevel(_bundled_level(model), "3 sigma over the bundled subjects")
@@ -191,5 +192,5 @@ def _read_level(path: Path) -> float | None:
 
 def cache_folder() -> Path:
     """Where small things that can be recomputed are kept: `$XDG_CACHE_HOME/factlens`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "factlens"

@@ -2,6 +2,8 @@
 
 import csv
 import hashlib
+import http.client
+import io
 import json
 import urllib.error
 import urllib.request
@@ -35,9 +37,10 @@ class Fact:
     id: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "subject"):
-            if not isinstance(getattr(self, name), str):
-                raise FactError(f"a fact's {name} must be text, not {getattr(self, name)!r}")
+        for name in COLUMNS:
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name in COLUMNS[:2]):
+                raise FactError(f"a fact's {name} must be text, not {value!r}")
 
 
 def bundled_facts(
@@ -94,7 +97,16 @@ def read_facts(path: str | Path) -> list[Fact]:
 
 
 def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
-    reader = csv.DictReader(text.splitlines())
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        yield from _checked_rows(reader, path)
+    except csv.Error as error:
+        raise FactFileError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _checked_rows(
+    reader: "csv.DictReader[str]", path: Path
+) -> Iterator[tuple[str, Mapping[str, object]]]:
     columns = reader.fieldnames or []
     if missing := [name for name in COLUMNS[:2] if name not in columns]:
         raise FactFileError(
@@ -109,7 +121,9 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, object]
 
 
 def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(
+        text.split("\n"), start=1
+    ):  # Not splitlines: JSON may hold U+2028.
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -145,7 +159,7 @@ def _fact(row: object, where: str) -> Fact:
             raise FactFileError(
                 f"{where}: no {name}; it has {', '.join(map(str, row)) or 'nothing'}"
             )
-    prompt, subject = str(values["prompt"]), str(values["subject"])
+    prompt, subject = str(values["prompt"]), str(values["subject"]).strip()
     prompt = prompt.replace("{}", subject)
     if subject not in prompt:
         raise FactFileError(
@@ -181,7 +195,7 @@ def download_known_1000(folder: str | Path, *, timeout: float = 30.0) -> Path:
     try:
         with urllib.request.urlopen(KNOWN_1000_URL, timeout=timeout) as response:
             content = response.read()
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise DownloadError(
             f"cannot fetch {KNOWN_1000_URL} ({getattr(error, 'reason', error)}); check the network, or "
             f"put the file at {target}"

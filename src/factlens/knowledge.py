@@ -53,8 +53,8 @@ def known_facts(
     Args:
         model: a hooked model.
         facts: None asks the bundled ones, in sentences that atlas was not trained on.
-        known: "whole": the whole object is spelled; "first-token": only its first token is (the official rule, which
-            keeps objects of one token).
+        known: "whole": the whole object is spelled; "first-token": the official rule, which keeps only objects of
+            one token.
         prepend_bos: force a start token in, or take it out.
         progress: told (facts asked, facts in all).
 
@@ -95,8 +95,14 @@ def ask(
         if reasons[number]:
             continue
         answer = answer_ids(tokenizer, fact.prompt, str(fact.object))
-        answer = answer if known == "whole" else answer[:1]
-        asked.append((number, token_ids(tokenizer, fact.prompt, prepend_bos), answer))
+        ids = token_ids(tokenizer, fact.prompt, prepend_bos)
+        if len(ids) + len(answer) - 1 > int(models.cfg(model).n_ctx):
+            reasons[number] = "PromptTooLong: prompt and object do not fit the context"
+            continue
+        if known == "first-token" and len(answer) > 1:
+            reasons[number] = "object of several tokens"
+            continue
+        asked.append((number, ids, answer))
     asked.sort(key=lambda each: (len(each[1]) + len(each[2]), len(each[2])))
     done = len(wanted) - len(asked)
     for batch in _batches(asked):

@@ -106,9 +106,18 @@ def _boot(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         with _quiet(transformers):
-            hf_model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, attn_implementation="eager", **options
-            ).to(device)
+            hf_model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation="eager",
+                output_loading_info=True,
+                **options,
+            )
+            # transformers only warns, and fills what is missing with random numbers.
+            if bad := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+                raise ValueError(f"the weights lack {len(bad)} of its tensors, such as {bad[0]}")
+            hf_model = hf_model.to(device)
             own_tokenizer = AutoTokenizer.from_pretrained(source, **options)
             return _bridge(
                 hf_model, AutoTokenizer.from_pretrained(source, **options)
@@ -175,6 +184,11 @@ def _explain(error: Exception, label: str, source: str) -> Exception:
         )
     if "Unsupported architecture" in str(error) or "not supported" in str(error):
         return ModelUnsupported(f"TransformerLens has no adapter for the model {label!r}: {first}")
+    if "safetensors" in first and not os.path.isdir(source):
+        return ModelNotFound(
+            f"the model {label!r} has no safetensors weights on the hub, and factlens reads no pickled ones; "
+            "convert it, then load it from a folder"
+        )
     if os.path.isdir(source):
         return ModelNotFound(f"the model folder {source} cannot be loaded: {first}")
     return ModelNotFound(
@@ -288,10 +302,12 @@ def dtype_of(model: Model) -> torch.dtype:
 
 
 def architecture(model: Model) -> str:
-    """Hugging Face's `model_type`, such as "gpt2" or "gptj"; TransformerLens's name when there is none."""
+    """Hugging Face's `model_type`, such as "gpt2" or "gptj"; of a HookedTransformer the like of it."""
     if is_bridge(model):
         return str(cast(Any, model).original_model.config.model_type)
-    return str(getattr(cfg(model), "original_architecture", None) or "unknown")
+    # HookedTransformer keeps the class: GPTNeoXForCausalLM is gptneox here, which configs match with gpt_neox.
+    stem = architecture_class(model)
+    return stem.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()
 
 
 def architecture_class(model: Model) -> str:
@@ -314,7 +330,8 @@ def processing(model: Model) -> str:
     if str(getattr(cfg(model), "normalization_type", "")).endswith("Pre"):
         steps.append("layer norm folded")
     embedding = cast(Any, model).W_E
-    if bool(embedding.mean(dim=-1).abs().max() < 1e-5 * embedding.abs().max()):
+    tolerance = 100 * torch.finfo(embedding.dtype).eps
+    if bool(embedding.float().mean(dim=-1).abs().max() < tolerance * embedding.abs().max()):
         steps.append("weights centred")
     return ", ".join(steps) or "none"
 

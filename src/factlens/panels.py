@@ -211,7 +211,7 @@ def _widgets() -> Any:
         import ipywidgets
     except ImportError as error:
         raise ImportError(
-            f"the panel needs {error.name}, which is not installed: pip install factlens[notebooks]"
+            f"the panel needs {error.name}, which is not installed: pip install ipywidgets anywidget"
         ) from None
     if "google.colab" in sys.modules:
         # Colab draws only ipywidgets' own widgets until it is told otherwise.

@@ -29,8 +29,8 @@ def window_layers(layer: int, window: int, n_layers: int) -> range:
 
 
 def as_tuple(value: object) -> tuple:
-    """One value or several, as several."""
-    return (value,) if isinstance(value, str | int) else tuple(value)  # type: ignore[arg-type]
+    """One value or several, as several, each once."""
+    return (value,) if isinstance(value, str | int) else tuple(dict.fromkeys(value))  # type: ignore
 
 
 def check_choices(kinds: Sequence[str], windows: Sequence[int], severed: Sequence[str]) -> None:
@@ -46,8 +46,10 @@ def check_choices(kinds: Sequence[str], windows: Sequence[int], severed: Sequenc
             )
     if wrong_windows := [w for w in windows if not isinstance(w, int) or w < 1]:
         raise PlanError(f"a window is a number of layers from 1 up, not {wrong_windows[0]!r}")
-    if not kinds:
-        raise PlanError(f"no kinds to trace; choose among {', '.join(KINDS)}")
+    if not kinds or not windows or not severed:
+        raise PlanError(
+            f"nothing to trace: give a kind ({', '.join(KINDS)}), a window and a severing"
+        )
 
 
 def plan(

@@ -29,6 +29,8 @@ class KeyValues:
     record: int = 0
     owner: Owner | None = None
     stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    prepended: list[int] = field(default_factory=list)
+    """The layers at which a prefix was prepended, one entry each time; shared with every `reuse`."""
 
     def update(self, layer: int, keys: Tensor, values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Record, or prepend, at one layer; positions lie along `axis`."""
@@ -37,6 +39,7 @@ class KeyValues:
             return keys, values
         if not self.start or self.owner is None:
             return keys, values
+        self.prepended.append(layer)
         owner = self.owner(layer, keys.shape[0])
         past_keys, past_values = (
             stored.narrow(axis, 0, self.start).index_select(0, owner)
@@ -46,7 +49,7 @@ class KeyValues:
 
     def reuse(self, start: int, owner: Owner) -> "KeyValues":
         """The same recording, to be prepended from position `start` on."""
-        return KeyValues(start=start, owner=owner, stored=self.stored)
+        return KeyValues(start=start, owner=owner, stored=self.stored, prepended=self.prepended)
 
 
 class HuggingFacePrefix(Cache):

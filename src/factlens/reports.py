@@ -1,5 +1,6 @@
 """Figures and tables on one self-contained HTML page, which opens offline."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,9 +93,10 @@ def trace_page(trace: Trace, figures: Sequence[go.Figure]) -> str:
     title = f"Causal trace: {trace.facts[0].prompt}"
     if len(trace) > 1:
         title += f" and {len(trace) - 1} more"
-    return page(
-        title, lead, figures, [("Strongest cells", strongest), ("How it was measured", settings)]
-    )
+    tables = [("Strongest cells", strongest), ("How it was measured", settings)]
+    if len(trace) > 1:
+        tables.insert(0, ("Facts", trace.totals()))
+    return page(title, lead, figures, tables)
 
 
 def write_text(text: str, path: str | Path) -> Path:
@@ -109,6 +111,7 @@ def write_text(text: str, path: str | Path) -> Path:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
     return path

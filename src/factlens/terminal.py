@@ -77,9 +77,11 @@ def show_trace(traced: Trace, count: int) -> None:
         f"{info['noise_level']:.4f} ({info['noise_source']}), {info['seconds']:.2f} s",
         style="dim",
         soft_wrap=True,
+        markup=False,
     )
     if info["fallback_reason"]:
-        console().print(f"one forward pass per cell, because {info['fallback_reason']}")
+        reason = f"one forward pass per cell, because {info['fallback_reason']}"
+        console().print(reason, soft_wrap=True, markup=False)
     for prompt, reason in traced.skipped[:5]:
         print(f"skipped {prompt!r}: {reason}", file=sys.stderr)
     if len(traced.skipped) > 5:

@@ -94,6 +94,11 @@ def tokenize(
         )
     if not subject.strip():
         raise FactError(f"the subject {subject!r} of {prompt!r} is empty; name what it is about")
+    subject = subject.strip()  # A space at its end would take in the next token.
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise FactError(f"the prompt {prompt!r} is not valid text; give it as UTF-8") from None
     begin, occurrences = _find(prompt, subject, subject_at)
     if not getattr(tokenizer, "is_fast", False):
         raise ModelUnsupported(
@@ -148,16 +153,21 @@ def _offsets(tokenizer: Any, prompt: str, length: int) -> list[tuple[int, int]]:
     return [(0, 0)] * (length - len(offsets)) + offsets
 
 
+_OPENING = ("“", "‘", "«", "(", "[", "-", "—", "/")
+
+
 def answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
     """The ids of `answer` as it continues `prompt`, with the space that separates words.
 
-    A leading space is added unless the answer brings one or the prompt ends in one. The ids are those of the answer
+    A leading space is added unless the answer brings one, the prompt ends in one or in an opening quote or bracket, or
+    the answer is Chinese or Japanese, which have none. The ids are those of the answer
     alone, so a byte-level tokenizer and one with word-start marks (Llama) both give what the model would say next.
 
     Raises:
         FactError: an answer without tokens.
     """
-    text = answer if answer[:1].isspace() or prompt[-1:].isspace() else f" {answer}"
+    joined = answer[:1].isspace() or prompt[-1:].isspace() or prompt.endswith(_OPENING)
+    text = answer if joined or "\u2e80" <= answer[:1] <= "\u9fff" else f" {answer}"
     whole, start = token_ids(tokenizer, prompt + text), token_ids(tokenizer, prompt)
     ids = whole[len(start) :] if whole[: len(start)] == start else []
     ids = ids or list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,5 +1,6 @@
 """A `Trace`: the frame of measured cells and everything needed to understand it later."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -59,7 +60,10 @@ class Trace:
         return self.info.get("fallback_reason")
 
     def totals(self) -> pd.DataFrame:
-        """One row for each fact: `fact, prompt, subject, answer, clean, corrupted, total_effect` (TE, Section 2.1)."""
+        """One row for each fact: `fact, prompt, subject, answer, clean, corrupted, last_is_subject, total_effect`.
+
+        `total_effect` is TE (Section 2.1); `last_is_subject` marks prompts that end with their subject.
+        """
         metric = self.info["metric"]
         first = self.frame.groupby("fact", sort=True).first()
         return pd.DataFrame(
@@ -70,6 +74,12 @@ class Trace:
                 "answer": list(self.answers),
                 "clean": first[f"{metric}_clean"].to_numpy(),
                 "corrupted": first[f"{metric}_corrupted"].to_numpy(),
+                "last_is_subject": [
+                    end == count
+                    for (_, end), count in zip(
+                        self.subjects, self.frame.groupby("fact")["position"].nunique(), strict=True
+                    )
+                ],
                 "total_effect": (
                     first[f"{metric}_clean"] - first[f"{metric}_corrupted"]
                 ).to_numpy(),
@@ -145,7 +155,8 @@ class Trace:
             pq.write_table(table.replace_schema_metadata(metadata), partial)
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
         return path
 

@@ -15,7 +15,7 @@ from factlens import models, runs
 from factlens.corruption import NoiseLevel, fact_seed, noise_for, noise_level
 from factlens.engines.choosing import ENGINES, run_engine
 from factlens.engines.problems import METRICS, Answers, Problem, Readout
-from factlens.errors import FactError, FactWarning, PlanError
+from factlens.errors import FactError, FactWarning, PlanError, PromptTooLong
 from factlens.facts import Fact
 from factlens.fingerprints import remembered_fingerprint
 from factlens.models import Model
@@ -111,6 +111,10 @@ def trace(
     wanted: list[Fact] = [_as_fact(facts, subject)] if single else list(facts)  # type: ignore
     if not wanted:
         raise FactError("no facts to trace")
+    if not single and subject is not None:
+        raise FactError("subject= goes with one prompt; several facts bring their own subjects")
+    if wrong := [each for each in wanted if not isinstance(each, Fact)]:
+        raise FactError(f"{wrong[0]!r} is no Fact; give Fact(prompt, subject) for each of several")
     defaults = models.trace_defaults(model)
     settings = _Settings(
         kinds=as_tuple(kinds),
@@ -146,7 +150,14 @@ def trace(
     if not traces:
         raise FactError(f"none of {len(wanted)} facts could be traced; the first: {skipped[0][1]}")
     result = concat(traces)
-    about = _about(model, settings, print_of_model, time.perf_counter() - begun)
+    about = _about(
+        model,
+        settings,
+        print_of_model=print_of_model,
+        samples=traces[0].info["samples"],
+        subject_at=subject_at,
+        seconds=time.perf_counter() - begun,
+    )
     engines = {each.info["engine"] for each in traces}
     return replace(
         result,
@@ -228,6 +239,10 @@ def _trace_one(
         _warn(f"{note}; traced all the same")
     cells = _cells(model, prompt, settings)
     tokens = torch.cat([prompt.ids, readout.answer[None, :-1]], dim=1)
+    if tokens.shape[1] > int(models.cfg(model).n_ctx):
+        raise PromptTooLong(
+            f"prompt and answer have {tokens.shape[1]} tokens and the model {models.cfg(model).n_ctx} positions"
+        )
     seed = fact_seed(settings.seed, fact.prompt, fact.subject)
     noise = noise_for(
         model,
@@ -251,6 +266,7 @@ def _trace_one(
         "prefix_reuse": run.answers.prefix_reuse,
         "fallback_reason": run.fallback_reason,
         "metric": settings.metric,
+        "samples": int(noise.shape[0]),
     }
     return Trace(frame, (fact,), (text,), (prompt.subject,), info)
 
@@ -283,7 +299,12 @@ def _site_heads(model: Model, prompt: TokenizedPrompt, sites: Sequence[str]) -> 
     """
     heads = {}
     for name in sites:
-        first = name.format(l=0)
+        try:
+            first = name.format(l=0)
+        except (KeyError, IndexError, ValueError):
+            raise PlanError(
+                f"the site {name!r} must say {{l}} for the layer, and nothing else"
+            ) from None
         if not models.has_site(model, first):
             raise PlanError(
                 f"this model has no hook point {first!r}; sites look like 'blocks.{{l}}.attn.hook_z'"
@@ -341,7 +362,15 @@ def _measured(cells: pd.DataFrame, answers: Answers, metric: str) -> pd.DataFram
     return frame
 
 
-def _about(model: Model, settings: _Settings, print_of_model: str, seconds: float) -> dict:
+def _about(
+    model: Model,
+    settings: _Settings,
+    *,
+    print_of_model: str,
+    samples: int,
+    subject_at: int,
+    seconds: float,
+) -> dict:
     """Everything a reader of the trace needs to know, and nothing that changes a number."""
     packages = {}
     for name in ("factlens", "transformer-lens", "transformers", "torch"):
@@ -358,8 +387,11 @@ def _about(model: Model, settings: _Settings, print_of_model: str, seconds: floa
         "noise": settings.noise,
         "noise_level": settings.level.value,
         "noise_source": settings.level.source,
-        "samples": settings.samples,
-        "seed": settings.seed,
+        "samples": int(samples),
+        "seed": int(settings.seed),
+        "subject_at": subject_at,
+        "prepend_bos": settings.prepend_bos,
+        "include_embedding": settings.include_embedding,
         "metric": settings.metric,
         "answer": settings.answer,
         "foil": settings.foil,

@@ -99,14 +99,16 @@ def _run(model: Model, problem: Problem, progress: Progress, budget: int | None)
             halves = part.halves()
             if not is_out_of_memory(error) or not halves:
                 raise
-            torch.cuda.empty_cache()
             queue = [*halves, *queue]
+            numbers = None
+        if numbers is None:
+            torch.cuda.empty_cache()  # Not in the handler, whose traceback still holds the activations.
             continue
         for line, number in numbers:
             restored[list(line.rows_of_cells)] = number
             done += len(line.rows_of_cells)
         progress(done, len(cells))
-    return Answers(measured[0], measured[1:], restored, prefix_reuse=True)
+    return Answers(measured[0], measured[1:], restored, prefix_reuse=bool(base.keys.prepended))
 
 
 # -- base pass -------------------------------------------------------------------------------------
@@ -292,7 +294,9 @@ class _Forks:
             return self.base.clean("state", layer)[line.position]
         if line.kind == "attn" and not line.severs("mlp") and self.base.attn_restored:
             return self.base.attn_restored[layer][:, line.position]
-        # In float32, since a bfloat16 sum would be rounded twice more than the model rounds it.
-        state = self.base.corrupted("state", layer)[:, line.position].float()
-        clean = self.base.clean(line.kind, layer)[line.position].float()
-        return state + (clean - self.base.corrupted(line.kind, layer)[:, line.position].float())
+        # At least in float32, since a bfloat16 sum would be rounded twice more than the model rounds it.
+        state = self.base.corrupted("state", layer)[:, line.position]
+        wide = torch.promote_types(state.dtype, torch.float32)
+        clean = self.base.clean(line.kind, layer)[line.position].to(wide)
+        own = self.base.corrupted(line.kind, layer)[:, line.position].to(wide)
+        return state.to(wide) + (clean - own)

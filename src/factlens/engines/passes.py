@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import pandas as pd
 import psutil
@@ -147,13 +148,14 @@ def _group_positions(
     work = [
         sum(depth - line.first - 1 + len(set(line.ends)) - 1 for line in at[p]) for p in positions
     ]
+    until = [0, *accumulate(work)]
     best: list[tuple[float, int]] = [(0.0, 0)] * (len(positions) + 1)
     for begin in range(len(positions) - 1, -1, -1):
         tokens = length - positions[begin]
         options = [
             (
                 depth * overhead
-                + sum(work[begin:end]) * samples * tokens * block_flops
+                + (until[end] - until[begin]) * samples * tokens * block_flops
                 + best[end][0],
                 end,
             )
@@ -192,7 +194,10 @@ def pass_bytes(model: Model, part: Pass, length: int, samples: int, keep: int) -
     runs = sum(len(set(line.ends)) for line in part.lines) * samples
     # The MLP's hidden layer before, in and after its activation; the stream, its norm, queries, keys and values.
     width = 4 * int(config.d_mlp) + 12 * int(config.d_model)
-    block = runs * (length - part.start) * width * models.dtype_of(model).itemsize
+    heads, span = int(config.n_heads), length - part.start
+    # Keys and values with their prefix, gathered and then joined; scores before, in and after their softmax.
+    attention = 4 * length * heads * int(config.d_head) + 3 * heads * span * length
+    block = runs * (span * width + attention) * models.dtype_of(model).itemsize
     logits = runs * keep * int(config.d_vocab) * (models.dtype_of(model).itemsize + 4)
     return max(block, logits)
 

@@ -80,4 +80,5 @@ def no_progress(done: int, total: int) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has a class for it; the CPU's allocator only a message."""
     kinds = torch.OutOfMemoryError | MemoryError
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    messages = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, kinds) or any(message in str(error) for message in messages)
