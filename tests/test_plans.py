@@ -73,7 +73,7 @@ def test_a_shared_line_splits_where_its_first_window_ends():
     ("options", "words"),
     [
         ({"kinds": ("neuron",)}, "state, mlp, attn"),
-        ({"kinds": ()}, "no kinds"),
+        ({"kinds": ()}, "nothing to trace"),
         ({"severed": ("x",)}, "none, mlp, attn, both"),
         ({"windows": (0,)}, "number of layers"),
     ],

@@ -73,8 +73,8 @@ def test_the_span_holds_the_subject_and_no_more(byte_level, prompt, subject):
 @given(st.text(min_size=0, max_size=12), st.text(min_size=1, max_size=8), st.text(max_size=12))
 def test_spans_of_any_text_cover_the_subject(before, subject, after):
     tokenizer = AutoTokenizer.from_pretrained(ORACLE / "model")
-    prompt = before + subject + after
-    if not subject.strip():
+    prompt, subject = before + subject + after, subject.strip()
+    if not subject:
         return
     found = tokenize(tokenizer, prompt, subject)
     offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]

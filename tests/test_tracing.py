@@ -240,7 +240,7 @@ def test_a_prompt_that_is_its_subject_warns_once(atlas):
         ({"noise": "pink"}, PlanError, "gaussian"),
         ({"answer": "whole"}, FactError, "object"),
         ({"facts": []}, FactError, "no facts"),
-        ({"facts": ["a", "b"], "subject": None}, FactError, "is no Fact"),
+        ({"facts": iter(["a", "b"]), "subject": None}, FactError, "is no Fact"),
         ({"facts": [FACT]}, FactError, "bring their own"),
         ({"severed": []}, PlanError, "nothing to trace"),
         ({"noise_level": float("inf")}, PlanError, "from 0 up"),
