@@ -82,7 +82,7 @@ notebooks: $(VENV)/installed-dev  ## Execute every notebook
 figures: $(VENV)/installed  ## The README's figure (needs chromium)
 	@$(BIN)/factlens trace --out runs/figures
 	@mkdir -p docs/figures
-	@chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1480,860 \
+	@chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1480,480 \
 	  --virtual-time-budget=4000 --screenshot=docs/figures/trace.png file://$(CURDIR)/runs/figures/trace.html
 
 atlas: $(VENV)/installed  ## Train the bundled model again into runs/atlas (resumes; under an hour)
