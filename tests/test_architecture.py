@@ -33,6 +33,7 @@ LAYERS = [
     ["models"],
     ["prefixes"],
     ["tokens", "facts"],
+    ["files"],
     ["configs"],
     ["atlas", "types"],
     ["errors"],

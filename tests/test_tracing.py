@@ -89,6 +89,7 @@ def test_what_ran_is_recorded(atlas, traced):
     assert info["model"] == "atlas"
     assert info["fingerprint"] == fingerprint(atlas)
     assert info["processing"] == "none"
+    assert info["config"] == "atlas"
     assert info["noise_level"] == pytest.approx(measure_level(atlas, bundled_subjects()))
     assert "3 sigma" in info["noise_source"]
     assert {"torch", "transformer-lens"} <= set(info["versions"])

@@ -14,6 +14,7 @@ from typing import Literal
 
 from factlens import atlas
 from factlens.errors import DownloadError, FactError, FactFileError, OutputError
+from factlens.files import written_whole
 
 KNOWN_1000_URL = "https://rome.baulab.info/data/dsets/known_1000.json"
 KNOWN_1000_SHA256 = "4f8726c03a8fa5b1b4ee18cd0f3efd0554c3f5f72f019f00d5bb7d941d0d1d42"
@@ -204,13 +205,12 @@ def download_known_1000(folder: str | Path, *, timeout: float = 30.0) -> Path:
         raise DownloadError(
             f"{KNOWN_1000_URL} has sha256 {found}, expected {KNOWN_1000_SHA256}; it was not kept"
         )
-    partial = target.with_suffix(".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(target)
     except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror}") from None
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from None
+    with written_whole(target) as partial:
+        partial.write_bytes(content)
     return target
 
 

@@ -6,14 +6,17 @@ names (`blocks.3.attn.W_Q`), so a bridge and an unprocessed `HookedTransformer` 
 """
 
 import hashlib
+import platform
 import weakref
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from factlens import models
+from factlens.configs import config_for
 from factlens.models import Model
 
 SAMPLED = 4096
@@ -106,3 +109,24 @@ def _sample(tensor: Tensor) -> Tensor:
 def _bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes()
+
+
+def provenance(model: Model) -> dict:
+    """What a stored result says of the model it belongs to, and of the versions that it was computed with."""
+    config = config_for(models.model_name(model), models.architecture(model))
+    packages = {}
+    for name in ("factlens", "transformer-lens", "transformers", "torch"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed as a package"
+    return {
+        "model": models.model_name(model),
+        "fingerprint": remembered_fingerprint(model),
+        "config": config.name if config is not None else None,
+        "processing": models.processing(model),
+        "dtype": str(models.dtype_of(model)).removeprefix("torch."),
+        "device": str(models.device_of(model)),
+        "python": platform.python_version(),
+        "versions": packages,
+    }

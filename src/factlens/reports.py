@@ -1,6 +1,5 @@
 """Figures and tables on one self-contained HTML page, which opens offline."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from jinja2 import Environment
 
-from factlens.errors import OutputError
+from factlens.files import written_whole
 from factlens.traces import Trace
 
 _PAGE = """<!doctype html>
@@ -105,13 +104,6 @@ def write_text(text: str, path: str | Path) -> Path:
     Raises:
         OutputError: the place cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-    return path
+    return Path(path)

@@ -1,6 +1,5 @@
 """A `Trace`: the frame of measured cells and everything needed to understand it later."""
 
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,8 +10,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from factlens.errors import FactError, OutputError, TraceFileError
+from factlens.errors import FactError, TraceFileError
 from factlens.facts import Fact
+from factlens.files import written_whole
 from factlens.plans import CELL
 
 FORMAT = "factlens-trace/1"
@@ -139,7 +139,6 @@ class Trace:
         Raises:
             OutputError: the place cannot be written. Nothing half-written stays behind.
         """
-        path = Path(path)
         about = {
             "format": FORMAT,
             "facts": [asdict(fact) for fact in self.facts],
@@ -150,15 +149,9 @@ class Trace:
         }
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
         metadata = {**(table.schema.metadata or {}), _KEY: json.dumps(about).encode()}
-        partial = path.with_name(f".{path.name}.partial")
-        try:
+        with written_whole(path) as partial:
             pq.write_table(table.replace_schema_metadata(metadata), partial)
-            partial.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-        return path
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":

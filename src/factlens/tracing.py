@@ -1,12 +1,10 @@
 """Causal tracing (ROME, Section 2): facts and a plan in, the same plan with probabilities out."""
 
 import logging
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 
 import pandas as pd
 import torch
@@ -17,7 +15,7 @@ from factlens.engines.choosing import ENGINES, run_engine
 from factlens.engines.problems import METRICS, Answers, Problem, Readout
 from factlens.errors import FactError, FactWarning, PlanError, PromptTooLong
 from factlens.facts import Fact
-from factlens.fingerprints import remembered_fingerprint
+from factlens.fingerprints import provenance
 from factlens.models import Model
 from factlens.plans import KINDS, as_tuple, plan, plan_sites
 from factlens.tokens import TokenizedPrompt, answer_ids, tokenize
@@ -134,7 +132,7 @@ def trace(
         budget=budget,
     )
     _check(settings)
-    begun, print_of_model = time.perf_counter(), remembered_fingerprint(model)
+    begun, about_model = time.perf_counter(), provenance(model)
     traces: list[Trace] = []
     skipped: list[tuple[str, str]] = []
     for fact in wanted:
@@ -150,19 +148,13 @@ def trace(
     if not traces:
         raise FactError(f"none of {len(wanted)} facts could be traced; the first: {skipped[0][1]}")
     result = concat(traces)
-    about = _about(
-        model,
-        settings,
-        print_of_model=print_of_model,
-        samples=traces[0].info["samples"],
-        subject_at=subject_at,
-        seconds=time.perf_counter() - begun,
-    )
     engines = {each.info["engine"] for each in traces}
     return replace(
         result,
         info={
-            **about,
+            **about_model,
+            **_about(settings, samples=traces[0].info["samples"], subject_at=subject_at),
+            "seconds": round(time.perf_counter() - begun, 3),
             "engine": engines.pop() if len(engines) == 1 else "mixed",
             "prefix_reuse": all(each.info["prefix_reuse"] for each in traces),
             "fallback_reason": next(
@@ -362,28 +354,9 @@ def _measured(cells: pd.DataFrame, answers: Answers, metric: str) -> pd.DataFram
     return frame
 
 
-def _about(
-    model: Model,
-    settings: _Settings,
-    *,
-    print_of_model: str,
-    samples: int,
-    subject_at: int,
-    seconds: float,
-) -> dict:
-    """Everything a reader of the trace needs to know, and nothing that changes a number."""
-    packages = {}
-    for name in ("factlens", "transformer-lens", "transformers", "torch"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed as a package"
+def _about(settings: _Settings, *, samples: int, subject_at: int) -> dict:
+    """What was measured, as a reader of the trace needs to know it."""
     return {
-        "model": models.model_name(model),
-        "fingerprint": print_of_model,
-        "processing": models.processing(model),
-        "dtype": str(models.dtype_of(model)).removeprefix("torch."),
-        "device": str(models.device_of(model)),
         "noise": settings.noise,
         "noise_level": settings.level.value,
         "noise_source": settings.level.source,
@@ -395,7 +368,4 @@ def _about(
         "metric": settings.metric,
         "answer": settings.answer,
         "foil": settings.foil,
-        "seconds": round(seconds, 3),
-        "python": platform.python_version(),
-        "versions": packages,
     }
