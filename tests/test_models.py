@@ -82,6 +82,11 @@ def test_make_trace_goes_through_the_hub_path(name, tmp_path):
     assert (tmp_path / "out" / "trace.html").stat().st_size > 10**6
 
 
+def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(tmp_path):
+    with pytest.raises(ModelNotFound, match="there is no folder"):
+        load_model(tmp_path / "nothing")
+
+
 def test_an_unknown_name_offline_says_what_to_do():
     with pytest.raises(ModelNotFound, match="network, or use the bundled 'atlas'") as caught:
         load_model("nobody/nothing")

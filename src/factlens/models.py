@@ -56,7 +56,11 @@ def load_model(
     label = BUNDLED if name is None else str(name)
     if label == BUNDLED:
         source = str(atlas.CHECKPOINT)
-    elif os.path.isdir(label):
+    elif label.startswith(("/", ".", "~")) and not os.path.isdir(os.path.expanduser(label)):
+        raise ModelNotFound(
+            f"there is no folder {label}; a hub name looks like gpt2-xl or EleutherAI/gpt-j-6b"
+        )
+    elif os.path.isdir(label := os.path.expanduser(label)):
         _check_folder(Path(label))
         source = label
     else:
@@ -156,11 +160,18 @@ def _bridge(hf_model: Any, hf_tokenizer: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence the loaders' progress bars and notes for the length of a load, and put them back."""
+    """Silence the loaders' progress bars and notes for the length of a load, and put them back.
+
+    Those of the hub too, which otherwise prints a line for each of its retries when there is no network.
+    """
+    from huggingface_hub.utils import logging as hub
+
+    hub_level = hub.get_verbosity()
     level, bars = (
         transformers.logging.get_verbosity(),
         transformers.logging.is_progress_bar_enabled(),
     )
+    hub.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -168,6 +179,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        hub.set_verbosity(hub_level)
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()
