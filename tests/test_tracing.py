@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from factlens import Fact, FactWarning, Trace, fingerprint, models, runs, trace
-from factlens.corruption import draw, fact_seed, measure_level, noise_level
+from factlens.corruption import draw, fact_seed, measure_level, noise_level, spread
 from factlens.errors import (
     FactError,
     ModelUnsupported,
@@ -20,6 +20,8 @@ from factlens.errors import (
     TraceFileError,
 )
 from factlens.facts import bundled_subjects
+from factlens.patches import corrupt
+from factlens.plots import heatmap
 from factlens.traces import concat
 
 PROMPT, SUBJECT = "The Space Needle is located in the city of", "The Space Needle"
@@ -107,6 +109,28 @@ def test_other_metrics_stand_beside_the_probability(atlas, traced):
     assert margins.frame["logit_diff_clean"].iloc[0] > margins.frame["logit_diff_corrupted"].iloc[0]
     with pytest.raises(PlanError, match="foil"):
         trace(atlas, FACT, metric="logit_diff")
+
+
+def test_kl_from_the_clean_run_is_that_of_torch_and_falls_when_restored(atlas):
+    found = trace(atlas, FACT, samples=1, kinds="state", metric="kl")
+    noise = draw("gaussian", found.info["noise_level"], (1, 7, 128), fact_seed(0, PROMPT, SUBJECT))
+    ids = torch.tensor([models.tokenizer(atlas)(PROMPT)["input_ids"]])
+    corruption = corrupt(spread(noise, found.subjects[0], ids.shape[1], clean_rows=0))
+    clean, corrupted = (
+        runs.logits_of(atlas, ids, hooks)[0, -1].log_softmax(-1) for hooks in ([], corruption)
+    )
+    expected = torch.nn.functional.kl_div(corrupted, clean, reduction="sum", log_target=True).item()
+    assert found.frame["kl_corrupted"].iloc[0] == pytest.approx(expected, rel=1e-4)
+    assert found.frame["kl_clean"].iloc[0] == pytest.approx(0, abs=1e-5)
+    top = found.strongest(1).iloc[0]
+    assert (top["layer"], top["role"]) == (7, "last")
+    assert top["effect"] == pytest.approx(expected, rel=1e-4)
+    assert found.totals()["total_effect"].iloc[0] == pytest.approx(expected, rel=1e-4)
+    figure = heatmap(found)
+    assert figure.data[1].reversescale
+    assert figure.data[1].zmax == pytest.approx(expected, rel=1e-4)
+    plain = trace(atlas, FACT, samples=1, kinds="state", metric="kl", engine="plain")
+    assert np.allclose(plain.frame["kl_restored"], found.frame["kl_restored"], atol=1e-4)
 
 
 def test_a_whole_object_is_the_product_over_its_tokens(atlas):

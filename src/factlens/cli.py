@@ -94,7 +94,7 @@ def trace(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     metric: Annotated[
-        str, typer.Option(help="prob, logprob, or logit_diff (with --foil).")
+        str, typer.Option(help="prob, logprob, kl, or logit_diff (with --foil).")
     ] = "prob",
     answer: Annotated[
         str | None, typer.Option(help="The word to measure; by default what the model says.")

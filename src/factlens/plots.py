@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from factlens.engines.problems import SIGNS
 from factlens.errors import PlanError
 from factlens.patches import EMBEDDING
 from factlens.plans import CELL
@@ -15,7 +16,7 @@ FAMILIES = {"state": "Purples", "mlp": "Greens", "attn": "Reds"}
 """The paper's colours: purple for states, green for MLPs, red for attention."""
 
 TITLES = {"state": "a single state", "mlp": "MLP outputs", "attn": "attention outputs"}
-METRIC_NAMES = {"prob": "p", "logprob": "log p", "logit_diff": "logit difference"}
+METRIC_NAMES = {"prob": "p", "logprob": "log p", "logit_diff": "logit difference", "kl": "KL"}
 ROW_HEIGHT, PANEL_WIDTH = 24, 400
 
 
@@ -60,7 +61,9 @@ def heatmap(
     metric = str(one.info["metric"])
     value = f"{metric}_restored"
     low = float(frame[f"{metric}_corrupted"].iloc[0])
-    tops = [max(float(panel[value].max()), low + 1e-9) for panel in panels]
+    # The end of the scale away from the corrupted run: above it, or below for what falls (KL).
+    pick = min if SIGNS.get(metric, 1.0) < 0 else max
+    tops = [pick([low, *panel[value]]) for panel in panels]
     titles = [_panel_title(panel) for panel in panels]
     figure = make_subplots(
         cols=len(panels),
@@ -71,7 +74,7 @@ def heatmap(
     )
     words = _words(panels[0], one.subjects[0])
     for column, panel in enumerate(panels, start=1):
-        top = max(tops) if shared_scale else tops[column - 1]
+        top = pick(tops) if shared_scale else tops[column - 1]
         bar: dict = {"x": _right_edge(figure, column), "len": 0.9, "thickness": 10, "xpad": 4}
         bar["title"] = {
             "text": f"{METRIC_NAMES[metric]}({escape(one.answers[0].strip())})",
@@ -151,8 +154,9 @@ def _grids(
                 # Edges, not centres: a lone column has no neighbour to take its width from.
                 x=[_column(layers[0]) - 0.5, *(_column(layer) + 0.5 for layer in layers)],
                 y=list(range(len(words))),
-                zmin=low,
-                zmax=top,
+                zmin=min(low, top),
+                zmax=max(low, top, min(low, top) + 1e-9),
+                reversescale=top < low,
                 colorscale=FAMILIES.get(str(panel["kind"].iloc[0]), "Blues"),
                 showscale=not apart,
                 colorbar=bar,

@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from factlens.engines.problems import SIGNS
 from factlens.errors import FactError, TraceFileError
 from factlens.facts import Fact
 from factlens.files import written_whole
@@ -26,7 +27,7 @@ class Trace:
     `frame` has one row for each cell, the columns of its plan (`fact, kind, window, severed, layer, position, token,
     role`, and `head` for sites with heads) and what was measured: `prob_clean, prob_corrupted, prob_restored`, means over noise samples,
     `sample_sd` (of the restored quantity over samples), `effect` (restored minus corrupted: the indirect effect), and
-    with another metric its three columns `logprob_*` or `logit_diff_*`, which `effect` and `sample_sd` then refer to.
+    with another metric its three columns `logprob_*`, `logit_diff_*` or `kl_*`, which `effect` and `sample_sd` then refer to.
     """
 
     frame: pd.DataFrame
@@ -80,9 +81,8 @@ class Trace:
                         self.subjects, self.frame.groupby("fact")["position"].nunique(), strict=True
                     )
                 ],
-                "total_effect": (
-                    first[f"{metric}_clean"] - first[f"{metric}_corrupted"]
-                ).to_numpy(),
+                "total_effect": SIGNS.get(metric, 1.0)
+                * (first[f"{metric}_clean"] - first[f"{metric}_corrupted"]).to_numpy(),
             }
         )
 

@@ -12,7 +12,7 @@ import torch
 from factlens import models, runs
 from factlens.corruption import NoiseLevel, fact_seed, noise_for, noise_level
 from factlens.engines.choosing import ENGINES, run_engine
-from factlens.engines.problems import METRICS, Answers, Problem, Readout
+from factlens.engines.problems import METRICS, SIGNS, Answers, Problem, Readout
 from factlens.errors import FactError, FactWarning, PlanError, PromptTooLong
 from factlens.facts import Fact
 from factlens.fingerprints import provenance
@@ -88,7 +88,8 @@ def trace(
         noise_level: a number; None for the model's own (`factlens.corruption.noise_level`); "facts" for 3 sigma over
             the subjects of the facts given.
         samples: noise draws per fact; None takes the model's config (10).
-        metric: "prob", "logprob", or "logit_diff" (with `foil=`); what `effect` is measured in.
+        metric: "prob", "logprob", "logit_diff" (with `foil=`), or "kl" (from the clean run's next-token distribution,
+            in nats; its effects count what it falls); what `effect` is measured in.
         answer: the token to measure; None for the fact's object, or what the model ranks first. "whole" measures the
             product over all tokens of the object.
         sites: other hook points, such as "blocks.{l}.attn.hook_z", instead of `kinds`; one forward pass per cell.
@@ -335,7 +336,11 @@ def _readout(
     if settings.foil is not None:
         foil = answer_ids(tokenizer, fact.prompt, settings.foil)[0]
     text = tokenizer.decode(chosen) + ("…" if len(ids) > len(chosen) else "")
-    return Readout(torch.tensor(chosen), foil), text, note
+    answer, reference = torch.tensor(chosen), None
+    if settings.metric == "kl":
+        tokens = torch.cat([prompt.ids, answer[None, :-1]], dim=1)
+        reference = runs.logits_of(model, tokens, keep=len(chosen))[0].float().log_softmax(-1)
+    return Readout(answer, foil, reference), text, note
 
 
 def _measured(cells: pd.DataFrame, answers: Answers, metric: str) -> pd.DataFrame:
@@ -350,7 +355,8 @@ def _measured(cells: pd.DataFrame, answers: Answers, metric: str) -> pd.DataFram
     chosen = restored[:, :, METRICS.index(metric)]
     spread = chosen.std(dim=1) if chosen.shape[1] > 1 else torch.zeros(len(cells))
     frame.insert(frame.columns.get_loc("prob_clean"), "sample_sd", spread.numpy())
-    frame["effect"] = frame[f"{metric}_restored"] - frame[f"{metric}_corrupted"]
+    gain = frame[f"{metric}_restored"] - frame[f"{metric}_corrupted"]
+    frame["effect"] = SIGNS.get(metric, 1.0) * gain
     return frame
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from factlens import models, runs
 from factlens.corruption import spread
-from factlens.engines.problems import Answers, Problem, Progress, no_progress
+from factlens.engines.problems import METRICS, Answers, Problem, Progress, no_progress
 from factlens.models import Model
 from factlens.patches import (
     EMBEDDING,
@@ -53,7 +53,7 @@ def run_plain(
     clean = {name: runs.rows_of(act, rows) for name, act in clean.items()}
     corrupted_logits, corrupted = runs.run_with_cache(model, tokens, sites, corrupt(noise))
 
-    restored = torch.zeros(len(problem.cells), samples, 3)
+    restored = torch.zeros(len(problem.cells), samples, len(METRICS))
     baseline = problem.readout(corrupted_logits)[clean_rows:]
     for number, cell in enumerate(problem.cells.itertuples(index=False)):
         if cell.kind == "state" and cell.layer == EMBEDDING and not _in_subject(cell, problem):

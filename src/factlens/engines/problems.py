@@ -10,9 +10,11 @@ from torch import Tensor
 
 from factlens.types import Logits, Noise, Tokens
 
-METRICS = ("prob", "logprob", "logit_diff")
-"""The measured quantities, in the order of the `metric` axis: the answer's probability, its log, and its logit minus
-the foil's (NaN without a foil)."""
+METRICS = ("prob", "logprob", "logit_diff", "kl")
+"""The measured quantities, in the order of the `metric` axis: the answer's probability, its log, its logit minus the
+foil's (NaN without a foil), and KL(clean || this run) over the vocabulary in nats (NaN without a reference)."""
+SIGNS = {"kl": -1.0}
+"""Metrics that fall as a run comes back to the clean one; their effects are counted the other way round."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Readout:
 
     answer: Int[Tensor, " keep"]
     foil: int | None = None
+    reference: Float[Tensor, "keep d_vocab"] | None = None
+    """Log-probabilities of the clean run."""
 
     @property
     def keep(self) -> int:
@@ -43,7 +47,12 @@ class Readout:
             margin = torch.full_like(logprob, torch.nan)
         else:
             margin = (picked[:, 0] - logits[:, 0, self.foil]).float()
-        return torch.stack([logprob.exp(), logprob, margin], dim=-1).cpu()
+        divergence = torch.full_like(logprob, torch.nan)
+        if self.reference is not None:
+            clean = self.reference.to(logits.device)
+            gap = clean - (logits.float() - total[..., None])
+            divergence = (clean.exp() * gap).sum(dim=(1, 2))
+        return torch.stack([logprob.exp(), logprob, margin, divergence], dim=-1).cpu()
 
 
 @dataclass(frozen=True)
