@@ -14,7 +14,7 @@ from oracles import SlowTracer
 
 from factlens import models, runs
 from factlens.engines import one_pass as one_pass_module
-from factlens.engines.one_pass import run_one_pass
+from factlens.engines.one_pass import run_one_pass, run_together
 from factlens.engines.passes import Line
 from factlens.engines.plain import run_plain
 from factlens.engines.problems import Problem, Readout
@@ -154,11 +154,11 @@ def test_any_cut_into_passes_gives_the_same_numbers(family_model, budget):
 
 
 def test_the_smallest_budget_really_cuts(family_model):
-    from factlens.engines.passes import cut_into_passes
+    from factlens.engines.passes import cut_into_passes, lines_of
 
     model = family_model("gpt_neox")
-    cells = problem_of(model).cells
-    counts = [len(cut_into_passes(model, cells, 10, 2, 1, budget)) for budget in (1, 10**9)]
+    lines = lines_of(problem_of(model).cells, models.n_layers(model))
+    counts = [len(cut_into_passes(model, lines, 10, 2, 1, budget)) for budget in (1, 10**9)]
     assert counts[0] > 10 * counts[1]
 
 
@@ -212,8 +212,8 @@ def test_bfloat16_is_traced_with_softmax_in_float32(family_folder):
 def test_a_fork_one_layer_off_is_caught(family_model, monkeypatch, step):
     state = one_pass_module._Forks._state
 
-    def off(self, line, layer):
-        return state(self, line, min(max(0, layer + step), self.depth - 1))
+    def off(self, route, layer, problems, positions):
+        return state(self, route, min(max(0, layer + step), self.depth - 1), problems, positions)
 
     monkeypatch.setattr(one_pass_module._Forks, "_state", off)
     assert_mutant_fails(family_model("gpt2"))
@@ -223,9 +223,8 @@ def test_a_fork_one_layer_off_is_caught(family_model, monkeypatch, step):
 def test_a_fork_one_position_off_is_caught(family_model, monkeypatch, step):
     state = one_pass_module._Forks._state
 
-    def off(self, line, layer):
-        position = min(line.position + step, self.length - 1)
-        return state(self, replace(line, position=position), layer)
+    def off(self, route, layer, problems, positions):
+        return state(self, route, layer, problems, (positions + step).clamp(max=self.length - 1))
 
     monkeypatch.setattr(one_pass_module._Forks, "_state", off)
     assert_mutant_fails(family_model("gpt2"))
@@ -241,10 +240,8 @@ def test_a_window_one_layer_off_is_caught(family_model, monkeypatch, step):
 
 
 def test_clean_and_corrupted_swapped_is_caught(family_model, monkeypatch):
-    def swapped(self, kind, layer):
-        return self._values(kind, layer)[1]
-
-    monkeypatch.setattr(one_pass_module.BaseRun, "clean", swapped)
+    swapped = one_pass_module.BaseRun.baseline
+    monkeypatch.setattr(one_pass_module.BaseRun, "source", swapped)
     assert_mutant_fails(family_model("gpt2"))
 
 
@@ -271,11 +268,9 @@ def test_prefix_reuse_is_counted_not_claimed(family_model, monkeypatch):
 
 
 def test_auto_falls_back_to_plain_when_the_engines_disagree(family_folder, monkeypatch):
-    def swapped(self, kind, layer):
-        return self._values(kind, layer)[1]
-
+    swapped = one_pass_module.BaseRun.baseline
     model = models.load_model(family_folder("gpt2"))
-    monkeypatch.setattr(one_pass_module.BaseRun, "clean", swapped)
+    monkeypatch.setattr(one_pass_module.BaseRun, "source", swapped)
     traced = trace(model, PROMPT, subject=SUBJECT, samples=1, noise_level=1.0, kinds="state")
     assert traced.engine == "plain"
     assert "differs from the plain one" in str(traced.fallback_reason)
@@ -339,3 +334,91 @@ def test_positions_before_the_subject_have_no_effect_in_the_plain_engine_either(
     effect = (plain.restored[..., 0] - plain.corrupted[:, 0]).abs()
     assert effect[before].max() < 1e-6
     assert effect[~before].max() > 0.05
+
+
+# -- several problems share passes -------------------------------------------------------------------
+
+
+def several(model, **options):
+    """Three prompts of one length with their own subjects, noise and answers."""
+    made = []
+    for prompt, subject, seed in (
+        ("x abcd eft", "abcd", 3),
+        ("qu bz vwxm", "bz", 4),
+        ("mnop q r s", "mnop", 5),
+    ):
+        tokens = tokenize(models.tokenizer(model), prompt, subject)
+        cells = plan(tokens, models.n_layers(model), windows=(3,), severed=CUTS)
+        size = (2, tokens.subject[1] - tokens.subject[0], int(models.cfg(model).d_model))
+        noise = torch.from_numpy(np.random.default_rng(seed).standard_normal(size))
+        top = int(runs.logits_of(model, tokens.ids)[0, -1].argmax())
+        made.append(Problem(tokens.ids, tokens.subject, noise, cells, Readout(torch.tensor([top]))))
+    return [replace(each, **options) for each in made]
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "opt", "gemma2", "qwen3"])
+def test_problems_traced_together_are_each_traced_alone(family_model, family, direct):
+    model = family_model(family)
+    problems = several(model, direct=direct)
+    together = run_together(model, problems)
+    for problem, found in zip(problems, together, strict=True):
+        alone = run_plain(model, problem)
+        torch.testing.assert_close(
+            found.restored[..., :2], alone.restored[..., :2], atol=1e-4, rtol=0
+        )
+        torch.testing.assert_close(found.corrupted[:, 0], alone.corrupted[:, 0], atol=1e-5, rtol=0)
+    gap = (
+        together[0].restored[..., 0] - together[1].restored[: len(problems[0].cells), :, 0]
+    ).abs()
+    assert gap.max() > 0.05, "the problems must differ, or mixing them up would not show"
+
+
+def test_rows_of_another_problem_are_caught(family_model, monkeypatch):
+    monkeypatch.setattr(
+        "factlens.engines.one_pass.problems_of",
+        lambda lines, device: torch.zeros(len(lines), dtype=torch.long),
+    )
+    model = family_model("gpt2")
+    problems = several(model)
+    found = run_together(model, problems)[1]
+    gap = found.restored[..., 0] - run_plain(model, problems[1]).restored[..., 0]
+    assert gap.abs().max() > 0.01
+
+
+def test_problems_too_large_to_share_are_traced_in_halves(family_model, monkeypatch):
+    model, sizes = family_model("gpt2"), []
+    problems = several(model)
+    whole = run_together(model, problems)
+    base = one_pass_module.run_base
+
+    def small_memory(model, problems):
+        sizes.append(len(problems))
+        if len(problems) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return base(model, problems)
+
+    monkeypatch.setattr(one_pass_module, "run_base", small_memory)
+    halves = run_together(model, problems)
+    assert sizes[0] == 3
+    assert sizes.count(1) == 3
+    for one, other in zip(whole, halves, strict=True):
+        torch.testing.assert_close(one.restored[..., 0], other.restored[..., 0], atol=1e-6, rtol=0)
+
+
+# -- direct effects ----------------------------------------------------------------------------------
+
+
+def test_holding_the_last_state_leaves_nothing_and_an_early_position_everything(family_model):
+    """Closed forms: nothing flows past the last state; what holds no noise is the clean run."""
+    model = family_model("gpt2")
+    problem = replace(problem_of(model, severed=("none",)), direct=True)
+    answers = run_one_pass(model, problem)
+    cells = problem.cells
+    last = (cells["kind"] == "state") & (cells["layer"] == 3) & (cells["position"] == 9)
+    before = cells["position"] < problem.subject[0]
+    held = answers.restored[torch.tensor(last.tolist())][..., 0]
+    torch.testing.assert_close(held[0], answers.corrupted[:, 0], atol=1e-6, rtol=0)
+    free = answers.restored[torch.tensor(before.tolist())][..., 0]
+    torch.testing.assert_close(free, answers.clean[0].expand_as(free), atol=1e-6, rtol=0)
+    assert (held - answers.clean[0]).abs().max() > 0.05

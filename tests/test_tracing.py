@@ -178,7 +178,7 @@ def test_sites_that_do_not_exist_or_have_no_positions_are_refused(atlas):
 
 def test_symmetric_replacement_swaps_the_subjects_embeddings(atlas):
     fact = Fact("The capital of France is", "France", "Paris")
-    swapped = trace(atlas, fact, noise="replace:Italy", kinds="state")
+    swapped = trace(atlas, fact, noise="swap:Italy", kinds="state")
     other = runs.logits_of(
         atlas, torch.tensor([models.tokenizer(atlas)("The capital of Italy is")["input_ids"]])
     )
@@ -187,7 +187,7 @@ def test_symmetric_replacement_swaps_the_subjects_embeddings(atlas):
     assert swapped.frame["prob_corrupted"].iloc[0] == pytest.approx(expected, abs=1e-6)
     assert swapped.info["samples"] == 1
     with pytest.raises(FactError, match="same length"):
-        trace(atlas, FACT, noise="replace:Italy")
+        trace(atlas, FACT, noise="swap:Italy")
 
 
 def test_noise_rules_have_their_scale_and_their_seed():

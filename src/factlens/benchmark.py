@@ -216,7 +216,8 @@ def main(
             todo = task.cells[
                 ~is_zero(task.cells, SUBJECT, LENGTH - 1, models.n_layers(model)).to_numpy(bool)
             ]
-            passes = cut_into_passes(model, todo, LENGTH, SAMPLES, 1)
+            lines = lines_of(todo, models.n_layers(model))
+            passes = cut_into_passes(model, lines, LENGTH, SAMPLES, 1)
             console.print(show(row, len(passes)), markup=False)
         del model
 

@@ -1,13 +1,13 @@
 """What the corrupted runs start from: noise on the subject's token embeddings, and how strong it is.
 
 Every rule gives an additive `Noise` in float64, `[sample, subject_pos, d_model]`: Gaussian (ROME, Section 2.1), the
-official code's own draws, uniform (its appendix), and the embeddings of another subject of the same length, which is
-symmetric token replacement (Zhang & Nanda, 2023).
+official code's own draws, uniform (its appendix), and other names' embeddings instead (`replacements.py`).
 """
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,16 @@ from torch import Tensor
 
 from factlens import models, runs
 from factlens.configs import config_for
-from factlens.errors import FactError, PlanError
-from factlens.facts import bundled_subjects
+from factlens.errors import PlanError
+from factlens.facts import Fact, bundled_subjects
 from factlens.fingerprints import remembered_fingerprint
 from factlens.models import Model
+from factlens.replacements import replace_tokens, swap, swap_with
 from factlens.types import Noise
 
-RULES = ("gaussian", "uniform", "rome", "replace:<other subject>")
+RULES = ("gaussian", "uniform", "rome", "replace", "swap", "swap:<other subject>")
+"""Noise; every subject token replaced by a random one of other names; another subject of equal length swapped in."""
+WITHOUT_LEVEL = ("replace", "swap")
 SIGMAS = 3.0
 """The noise level in standard deviations of the subjects' embeddings (ROME, footnote to Section 2.1)."""
 
@@ -65,42 +68,31 @@ def draw(
     raise PlanError(f"no noise rule {rule!r}; there are {', '.join(RULES)}")
 
 
-def replacement(model: Model, prompt_ids: Tensor, subject: tuple[int, int], other: str) -> Noise:
-    """The noise that turns the subject's embeddings into those of `other`: one sample, no randomness.
-
-    Raises:
-        FactError: `other` has another number of tokens, with and without a leading space.
-    """
-    begin, end = subject
-    tokenizer = models.tokenizer(model)
-    forms = [f" {other}", other] if begin else [other, f" {other}"]
-    tried = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
-    fitting = [ids for ids in tried if len(ids) == end - begin]
-    if not fitting:
-        raise FactError(
-            f"the replacement {other!r} has {len(tried[0])} tokens and the subject {end - begin}; "
-            "symmetric replacement needs a subject of the same length"
-        )
-    swapped = prompt_ids.clone()
-    swapped[0, begin:end] = torch.tensor(fitting[0])
-    own, others = (runs.token_embeddings(model, ids).double() for ids in (prompt_ids, swapped))
-    return (others - own)[:, begin:end].cpu()
-
-
 def noise_for(
     model: Model,
     ids: Tensor,
     subject: tuple[int, int],
+    fact: Fact,
     *,
     rule: str,
     level: float,
     samples: int,
     seed: int,
 ) -> Noise:
-    """The noise of one prompt under `rule`; `seed` is the fact's own (`fact_seed`)."""
-    if rule.startswith("replace:"):
-        return replacement(model, ids, subject, rule.removeprefix("replace:"))
-    return draw(rule, level, (samples, subject[1] - subject[0], models.cfg(model).d_model), seed)
+    """The noise of one tokenized fact under `rule`, drawn from the fact's own seed (`fact_seed`).
+
+    Raises:
+        PlanError: an unknown rule.
+        FactError: no other subject of the same length to swap in.
+    """
+    own = fact_seed(seed, fact.prompt, fact.subject)
+    if rule == "swap":
+        return swap(model, ids, subject, fact, samples, own)
+    if rule.startswith("swap:"):
+        return swap_with(model, ids, subject, rule.removeprefix("swap:"))
+    if rule == "replace":
+        return replace_tokens(model, ids, subject, samples, own)
+    return draw(rule, level, (samples, subject[1] - subject[0], models.cfg(model).d_model), own)
 
 
 def spread(
@@ -140,17 +132,23 @@ def noise_level(
     """The level that belongs to the model, so that a fact gets the same number alone as among a thousand.
 
     A number is taken as it is; "facts" measures 3 sigma over `subjects` (the paper's rule); None takes the config's
-    number for this very name and unprocessed weights, else 3 sigma over the bundled subjects, kept by the model's fingerprint.
+    number for this very name and unprocessed weights, else 3 sigma over the bundled subjects, kept by the model's fingerprint;
+    "0.5x" is a multiple of that.
 
     Raises:
-        PlanError: a negative number, or another word than "facts".
+        PlanError: a negative number, or another word.
     """
     if given == "facts":
         return NoiseLevel(
             measure_level(model, subjects), f"3 sigma over the {len(subjects)} subjects given"
         )
     if isinstance(given, str):
-        raise PlanError(f"noise_level is a number, 'facts' or None, not {given!r}")
+        if not re.fullmatch(r"\d+(\.\d+)?x", given):
+            raise PlanError(
+                f"noise_level is a number, 'facts', a multiple such as '0.5x', or None, not {given!r}"
+            )
+        own = noise_level(model)
+        return NoiseLevel(float(given[:-1]) * own.value, f"{given} of {own.source}")
     if given is not None:
         if not 0 <= given < float("inf"):
             raise PlanError(f"a noise level is a number from 0 up, not {given}")

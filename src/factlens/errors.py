@@ -2,6 +2,7 @@
 
     FactlensError
     ├── FactError (ValueError)            a fact or a prompt that cannot be used
+    │   ├── NothingTraced                 of several facts none could be traced
     │   ├── SubjectNotFound               the subject does not occur in the prompt
     │   └── PromptTooLong                 more tokens than the model has positions
     ├── FactFileError (ValueError)        a file of facts with a bad row or column
@@ -11,6 +12,8 @@
     ├── ModelUnsupported (TypeError)      a model without the hook points that are needed
     ├── OutOfMemory (MemoryError)          a model or a run that does not fit
     ├── TraceFileError (ValueError)       a stored trace that is corrupt or not a trace
+    ├── RunError (ValueError)             a run directory that belongs to another configuration, or is in use
+    ├── WorkersError (RuntimeError)       workers that cannot be started, or keep dying
     ├── DownloadError (OSError)           a file that cannot be fetched, or is not what was expected
     └── OutputError (OSError)             a place that cannot be written
 
@@ -24,6 +27,14 @@ class FactlensError(Exception):
 
 class FactError(FactlensError, ValueError):
     """A fact or a prompt that cannot be used."""
+
+
+class NothingTraced(FactError):
+    """Of several facts none could be traced; `skipped` holds (prompt, reason) of each."""
+
+    def __init__(self, message: str, skipped: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.skipped = skipped
 
 
 class SubjectNotFound(FactError):
@@ -60,6 +71,14 @@ class OutOfMemory(FactlensError, MemoryError):
 
 class TraceFileError(FactlensError, ValueError):
     """A stored trace that is corrupt, or no trace at all."""
+
+
+class RunError(FactlensError, ValueError):
+    """A run directory that cannot be gone on with: another configuration, another process, or no run at all."""
+
+
+class WorkersError(FactlensError, RuntimeError):
+    """Workers that cannot be started, or die again and again at the same work."""
 
 
 class DownloadError(FactlensError, OSError):

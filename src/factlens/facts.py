@@ -7,7 +7,7 @@ import io
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -72,11 +72,13 @@ def bundled_subjects() -> list[str]:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def read_facts(path: str | Path) -> list[Fact]:
+def read_facts(
+    path: str | Path, *, on_bad_row: Callable[[str], None] | None = None
+) -> list[Fact]:
     """Read facts from a file: `.json` (the official known_1000 form), `.jsonl` or `.csv`.
 
     CSV and JSONL rows have `prompt` and `subject`, and may have `object`, `relation`, `id`. A `{}` in the prompt
-    stands for the subject.
+    stands for the subject. With `on_bad_row`, rows that cannot be used are left out, and it is told of each.
 
     Raises:
         FactFileError: with the row's number, what is wrong in it, and what was expected.
@@ -91,9 +93,16 @@ def read_facts(path: str | Path) -> list[Fact]:
         raise FactFileError(f"cannot read the facts {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise FactFileError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    facts = [_fact(row, where) for where, row in readers[path.suffix.lower()](text, path)]
+    facts = []
+    for where, row in readers[path.suffix.lower()](text, path):
+        try:
+            facts.append(_fact(row, where))
+        except FactFileError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(str(error))
     if not facts:
-        raise FactFileError(f"{path} holds no facts")
+        raise FactFileError(f"{path} holds no facts that can be used")
     return facts
 
 
@@ -116,23 +125,16 @@ def _checked_rows(
         )
     for row in reader:
         where = f"{path}, line {reader.line_num}"
-        if None in row:
-            raise FactFileError(f"{where}: more cells than columns; quote prompts that hold commas")
         yield where, row
 
 
-def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
+def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(
         text.split("\n"), start=1
     ):  # Not splitlines: JSON may hold U+2028.
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FactFileError(f"{where}: not JSON ({error.msg})") from None
-        yield where, row
+        yield f"{path}, line {number}", line
 
 
 def _json_rows(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
@@ -148,8 +150,15 @@ def _json_rows(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, object
 
 def _fact(row: object, where: str) -> Fact:
     """One row of any of the three forms; known_1000's names stand beside ours."""
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except json.JSONDecodeError as error:
+            raise FactFileError(f"{where}: not JSON ({error.msg})") from None
     if not isinstance(row, Mapping):
         raise FactFileError(f"{where}: {row!r} is no record of named values")
+    if None in row:
+        raise FactFileError(f"{where}: more cells than columns; quote prompts that hold commas")
     values: dict[str, str | None] = {}
     aliases = {"object": "attribute", "relation": "relation_id", "id": "known_id"}
     for name in COLUMNS:

@@ -23,7 +23,8 @@ class Knowledge:
     """Facts asked, and what became of each."""
 
     frame: pd.DataFrame
-    """One row a fact: `prompt, subject, object, relation, known` (True or False), `reason` (empty if known)."""
+    """One row a fact: `prompt, subject, object, relation, known` (True or False), `reason` (empty if known), and
+    `tokens`, the length of the prompt (0 where it was not asked)."""
     facts: tuple[Fact, ...]
     """The known ones."""
 
@@ -89,6 +90,7 @@ def ask(
         raise PlanError(f"no rule {known!r} for known facts; there are {', '.join(RULES)}")
     wanted = list(bundled_facts() if facts is None else facts)
     reasons = [_unusable(model, fact) for fact in wanted]
+    lengths = [0] * len(wanted)
     asked: list[tuple[int, list[int], list[int]]] = []
     tokenizer = models.tokenizer(model)
     for number, fact in enumerate(wanted):
@@ -96,6 +98,7 @@ def ask(
             continue
         answer = answer_ids(tokenizer, fact.prompt, str(fact.object))
         ids = token_ids(tokenizer, fact.prompt, prepend_bos)
+        lengths[number] = len(ids)
         if len(ids) + len(answer) - 1 > int(models.cfg(model).n_ctx):
             reasons[number] = "PromptTooLong: prompt and object do not fit the context"
             continue
@@ -119,6 +122,7 @@ def ask(
             "relation": [fact.relation for fact in wanted],
             "known": [not reason for reason in reasons],
             "reason": reasons,
+            "tokens": lengths,
         }
     )
     kept = tuple(fact for fact, reason in zip(wanted, reasons, strict=True) if not reason)

@@ -39,6 +39,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    device_map: str | dict[str, str | int] | None = None,
 ) -> Model:
     """Load a model with its weights unprocessed, so that its probabilities are Hugging Face's.
 
@@ -48,10 +49,13 @@ def load_model(
         device: where to run; the GPU if there is one, else the CPU.
         dtype: of the weights. Probabilities are computed in float32 whatever it is.
         revision: branch, tag or commit of a hub model.
+        device_map: spread a model that is larger than one device, as Hugging Face does: "auto", "balanced", or a
+            module -> device mapping. Instead of `device`.
 
     Raises:
         ModelNotFound: no such folder or hub name, a broken folder, or no network and nothing in the cache.
         ModelUnsupported: TransformerLens has no adapter for the architecture, or it lacks hook points.
+        OutOfMemory: the model does not fit where it was to go.
     """
     label = BUNDLED if name is None else str(name)
     if label == BUNDLED:
@@ -67,11 +71,21 @@ def load_model(
         config = config_for(label)
         listed = config is not None and "/" not in label and label in config.models
         source = config.models[0] if config is not None and listed else label
-    model, own_tokenizer = _boot(source, label, _choose_device(device), dtype, revision)
+    if device is not None and device_map is not None:
+        raise ModelUnsupported(
+            f"device={str(device)!r} puts all of the model in one place and device_map={device_map!r} spreads it; give one"
+        )
+    place = device_map if device_map is not None else {"": _choose_device(device)}
+    model, own_tokenizer = _boot(source, label, place, dtype, revision)
     _names[model] = (
         Path(label).resolve().name if source == label and os.path.isdir(label) else label
     )
     _tokenizers[model] = own_tokenizer
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise OutOfMemory(
+            f"device_map={device_map!r} leaves parts of {label!r} on the disk or offloaded, where they cannot be read; "
+            "use more or larger devices, or a narrower dtype"
+        )
     check_model(model)
     return model
 
@@ -101,7 +115,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _boot(
-    source: str, label: str, device: str, dtype: torch.dtype, revision: str | None
+    source: str, label: str, place: str | dict, dtype: torch.dtype, revision: str | None
 ) -> tuple[Any, Any]:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,12 +130,12 @@ def _boot(
                 use_safetensors=True,
                 attn_implementation="eager",
                 output_loading_info=True,
+                device_map=place,
                 **options,
             )
             # transformers only warns, and fills what is missing with random numbers.
             if bad := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
                 raise ValueError(f"the weights lack {len(bad)} of its tensors, such as {bad[0]}")
-            hf_model = hf_model.to(device)
             own_tokenizer = AutoTokenizer.from_pretrained(source, **options)
             return _bridge(
                 hf_model, AutoTokenizer.from_pretrained(source, **options)

@@ -40,7 +40,8 @@ class KeyValues:
         if not self.start or self.owner is None:
             return keys, values
         self.prepended.append(layer)
-        owner = self.owner(layer, keys.shape[0])
+        # A model may be spread over devices, and each layer's prefix lies where the layer is.
+        owner = self.owner(layer, keys.shape[0]).to(keys.device)
         past_keys, past_values = (
             stored.narrow(axis, 0, self.start).index_select(0, owner)
             for stored in self.stored[layer]

@@ -36,6 +36,8 @@ class Trace:
     """What was measured for each fact, as text."""
     subjects: tuple[tuple[int, int], ...]
     """Each fact's subject tokens, half-open."""
+    lengths: tuple[int, ...]
+    """How many tokens each fact's prompt has."""
     info: dict[str, Any] = field(default_factory=dict)
     """Model, fingerprint, processing, noise, level and its source, samples, seed, metric, engine, `prefix_reuse`,
     `fallback_reason`, seconds, versions."""
@@ -76,10 +78,8 @@ class Trace:
                 "clean": first[f"{metric}_clean"].to_numpy(),
                 "corrupted": first[f"{metric}_corrupted"].to_numpy(),
                 "last_is_subject": [
-                    end == count
-                    for (_, end), count in zip(
-                        self.subjects, self.frame.groupby("fact")["position"].nunique(), strict=True
-                    )
+                    end == length
+                    for (_, end), length in zip(self.subjects, self.lengths, strict=True)
                 ],
                 "total_effect": SIGNS.get(metric, 1.0)
                 * (first[f"{metric}_clean"] - first[f"{metric}_corrupted"]).to_numpy(),
@@ -108,6 +108,7 @@ class Trace:
             facts=(self.facts[fact],),
             answers=(self.answers[fact],),
             subjects=(self.subjects[fact],),
+            lengths=(self.lengths[fact],),
             skipped=(),
         )
 
@@ -144,6 +145,7 @@ class Trace:
             "facts": [asdict(fact) for fact in self.facts],
             "answers": self.answers,
             "subjects": self.subjects,
+            "lengths": self.lengths,
             "info": self.info,
             "skipped": self.skipped,
         }
@@ -172,6 +174,7 @@ class Trace:
                 facts=tuple(Fact(**each) for each in about["facts"]),
                 answers=tuple(about["answers"]),
                 subjects=tuple((int(b), int(e)) for b, e in about["subjects"]),
+                lengths=tuple(int(length) for length in about["lengths"]),
                 info=about["info"],
                 skipped=tuple((str(p), str(r)) for p, r in about["skipped"]),
             )
@@ -202,5 +205,6 @@ def concat(traces: Sequence[Trace]) -> Trace:
         facts=tuple(fact for each in traces for fact in each.facts),
         answers=tuple(answer for each in traces for answer in each.answers),
         subjects=tuple(span for each in traces for span in each.subjects),
+        lengths=tuple(length for each in traces for length in each.lengths),
         skipped=tuple(skip for each in traces for skip in each.skipped),
     )

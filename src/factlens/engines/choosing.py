@@ -2,13 +2,15 @@
 
 import logging
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 
 from factlens import models
-from factlens.engines.one_pass import run_one_pass
+from factlens.engines.one_pass import run_one_pass, run_together
+from factlens.engines.passes import lines_of, lines_together
 from factlens.engines.plain import run_plain
 from factlens.engines.problems import Answers, Problem, Progress, is_out_of_memory, no_progress
 from factlens.errors import OutOfMemory
@@ -38,22 +40,24 @@ class Run:
 
 def run_engine(
     model: Model,
-    problem: Problem,
+    problems: Sequence[Problem],
     engine: str = "auto",
     *,
     budget: int | None = None,
     progress: Progress = no_progress,
-) -> Run:
-    """Measure every cell of `problem`.
+) -> list[Run]:
+    """Measure every cell of `problems`, which have one shape and share passes where the engine can.
 
     Raises:
         OutOfMemory: not even the smallest pass fits.
     """
+    problem = problems[0]
     try:
         engine, reason = _choose(model, problem, engine)
         if engine == "plain":
-            return Run(run_plain(model, problem, progress=progress), engine, reason)
-        return Run(run_one_pass(model, problem, progress=progress, budget=budget), engine)
+            return [Run(each, engine, reason) for each in _plain(model, problems, progress)]
+        together = run_together(model, problems, progress=progress, budget=budget)
+        return [Run(each, engine) for each in together]
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -62,6 +66,25 @@ def run_engine(
             f"{problem.noise.shape[0]} noise samples of {problem.tokens.shape[1]} tokens; use fewer samples, "
             "a narrower dtype, or another device"
         ) from error
+
+
+def problems_together(model: Model, problem: Problem, budget: int | None = None) -> int:
+    """How many problems like this one should share their passes."""
+    length, samples, keep, _ = problem.shape
+    lines = lines_of(problem.cells, models.n_layers(model))
+    return lines_together(model, lines, length, samples, keep, budget)
+
+
+def _plain(model: Model, problems: Sequence[Problem], progress: Progress) -> list[Answers]:
+    total, found, before = sum(len(problem.cells) for problem in problems), [], 0
+    for problem in problems:
+
+        def tell(done: int, _: int, before: int = before) -> None:
+            progress(before + done, total)
+
+        found.append(run_plain(model, problem, progress=tell))
+        before += len(problem.cells)
+    return found
 
 
 def _choose(model: Model, problem: Problem, engine: str) -> tuple[str, str | None]:

@@ -1,7 +1,7 @@
 """The one-pass engine: a whole layer x token grid in one base pass and a few fork passes.
 
-**Base pass.** One clean and S corrupted rows, once through the model, keeping states, MLP and attention outputs, keys
-and values.
+**Base pass** (`base_runs.py`). One clean and S corrupted rows, once through the model, keeping states, MLP and
+attention outputs, keys and values.
 
 **Fork passes.** The run with position i restored at layer l equals its corrupted run below l everywhere, and before i
 at every layer. So nothing is run twice: a pass over the positions from i on starts with no rows at all, gains S rows
@@ -12,18 +12,18 @@ keys and values before i. Exact, by causality. Cells are cut into passes by posi
 clean value put in for its corrupted one. (Restored attention also changes its own block's MLP where the MLP comes
 after it; the base pass computes that for all positions at once.) Inside the window the forks' own rows take clean
 values. Windows cut at layer 0 share one line of rows until the first of them ends.
+
+**Several problems** of one shape share all passes: their rows stand side by side in the batch.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from factlens import models, runs
-from factlens.corruption import spread
-from factlens.engines.passes import Line, Pass, cut_into_passes
+from factlens.engines.base_runs import BaseRun, problems_of, run_base
+from factlens.engines.passes import Line, Pass, cut_into_passes, lines_of
 from factlens.engines.problems import (
     Answers,
     Problem,
@@ -32,35 +32,9 @@ from factlens.engines.problems import (
     no_progress,
 )
 from factlens.models import Model
-from factlens.patches import EMBEDDING, corrupt, fork, substitute
+from factlens.patches import EMBEDDING, fork
 from factlens.plans import is_zero
-from factlens.prefixes import KeyValues
-from factlens.types import Act, Hooks, Logits
-
-
-@dataclass
-class BaseRun:
-    """What the base pass leaves for the fork passes. Row 0 is clean, rows 1..S are corrupted."""
-
-    samples: int
-    states: dict[int, Act] = field(default_factory=dict)
-    """Block outputs by layer; -1 is what enters block 0."""
-    outputs: dict[tuple[str, int], Act] = field(default_factory=dict)
-    """("mlp" | "attn", layer) -> what it adds to the stream."""
-    attn_restored: dict[int, Act] = field(default_factory=dict)
-    """Block outputs [sample, pos, d_model] with only this block's attention restored, at every position."""
-    keys: KeyValues = field(default_factory=KeyValues)
-
-    def clean(self, kind: str, layer: int) -> Tensor:
-        """Clean values, [pos, d_model]."""
-        return self._values(kind, layer)[0]
-
-    def corrupted(self, kind: str, layer: int) -> Tensor:
-        """Corrupted values, [sample, pos, d_model]."""
-        return self._values(kind, layer)[1:]
-
-    def _values(self, kind: str, layer: int) -> Act:
-        return self.states[layer] if kind == "state" else self.outputs[kind, layer]
+from factlens.types import Hooks
 
 
 def run_one_pass(
@@ -75,110 +49,78 @@ def run_one_pass(
     `budget` is the memory, in bytes, that one pass may take; None takes half of what is free. When memory runs out
     all the same, the passes are cut smaller and the unfinished ones run again.
     """
+    return run_together(model, [problem], progress=progress, budget=budget)[0]
+
+
+def run_together(
+    model: Model,
+    problems: Sequence[Problem],
+    *,
+    progress: Progress = no_progress,
+    budget: int | None = None,
+) -> list[Answers]:
+    """`run_one_pass` for several problems of one shape (`Problem.shape`), whose rows share every pass."""
     with runs.fused_activations(model):
-        return _run(model, problem, progress, budget)
+        answers = _unless_too_large(model, problems, progress, budget)
+    if answers is not None:
+        return answers
+    torch.cuda.empty_cache()
+    middle = len(problems) // 2
+    halves = problems[:middle], problems[middle:]
+    return [a for half in halves for a in run_together(model, half, budget=budget)]
 
 
-def _run(model: Model, problem: Problem, progress: Progress, budget: int | None) -> Answers:
-    cells, length = problem.cells, problem.tokens.shape[1]
-    depth, samples = models.n_layers(model), problem.noise.shape[0]
-    base, logits = run_base(model, problem)
-    measured = problem.readout(logits)
-    restored = repeat(measured[1:], "sample metric -> cell sample metric", cell=len(cells)).clone()
+def _unless_too_large(
+    model: Model, problems: Sequence[Problem], progress: Progress, budget: int | None
+) -> list[Answers] | None:
+    """The answers, or None when memory ran out for several problems: half of them may fit."""
+    try:
+        return _run(model, problems, progress, budget)
+    except (MemoryError, RuntimeError) as error:
+        if len(problems) == 1 or not is_out_of_memory(error):
+            raise
+    return None
 
-    first_read = length - problem.readout.keep
-    todo = cells[~is_zero(cells, problem.subject, first_read, depth).to_numpy(dtype=bool)]
-    done = len(cells) - len(todo)
-    progress(done, len(cells))
-    queue = cut_into_passes(model, todo, length, samples, problem.readout.keep, budget)
+
+def _run(
+    model: Model, problems: Sequence[Problem], progress: Progress, budget: int | None
+) -> list[Answers]:
+    length, samples, keep, direct = problems[0].shape
+    depth = models.n_layers(model)
+    base, logits = run_base(model, problems)
+    measured = [
+        problem.readout(rows)
+        for problem, rows in zip(problems, logits.split(samples + 1), strict=True)
+    ]
+    restored, lines, total = [], [], 0
+    for number, (problem, numbers) in enumerate(zip(problems, measured, strict=True)):
+        untouched = numbers[:1].expand(samples, -1) if direct else numbers[1:]
+        restored.append(untouched.expand(len(problem.cells), -1, -1).clone())
+        zero = is_zero(problem.cells, problem.subject, length - keep, depth).to_numpy(dtype=bool)
+        lines += lines_of(problem.cells[~zero], depth, number)
+        total += len(problem.cells)
+    done = total - sum(len(line.rows_of_cells) for line in lines)
+    progress(done, total)
+    queue = cut_into_passes(model, lines, length, samples, keep, budget)
     while queue:
         part = queue.pop(0)
         try:
-            numbers = _Forks(model, problem, base, part).run()
+            answered = _Forks(model, problems, base, part).run()
         except (MemoryError, RuntimeError) as error:
             halves = part.halves()
             if not is_out_of_memory(error) or not halves:
                 raise
             queue = [*halves, *queue]
-            numbers = None
-        if numbers is None:
+            answered = None
+        if answered is None:
             torch.cuda.empty_cache()  # Not in the handler, whose traceback still holds the activations.
             continue
-        for line, number in numbers:
-            restored[list(line.rows_of_cells)] = number
+        for line, its_numbers in answered:
+            restored[line.fact][list(line.rows_of_cells)] = its_numbers
             done += len(line.rows_of_cells)
-        progress(done, len(cells))
-    return Answers(measured[0], measured[1:], restored, prefix_reuse=bool(base.keys.prepended))
-
-
-# -- base pass -------------------------------------------------------------------------------------
-
-
-def run_base(model: Model, problem: Problem) -> tuple[BaseRun, Logits]:
-    """Run the clean and the corrupted rows once and keep what forks start from."""
-    cells, samples = problem.cells, problem.noise.shape[0]
-    length, rows = problem.tokens.shape[1], samples + 1
-    base = BaseRun(samples, keys=KeyValues(record=rows))
-    noise = spread(problem.noise, problem.subject, length, clean_rows=1)
-    tokens = repeat(problem.tokens, "1 pos -> row pos", row=rows)
-    stream = runs.embed(model, tokens, corrupt(noise))
-    base.states[EMBEDDING] = stream
-
-    kinds, severed = set(cells["kind"]), set(cells["severed"])
-    needed = {k for k in ("mlp", "attn") if k in kinds or severed & {k, "both"}}
-    rerun_mlp = "attn" in kinds and not models.is_parallel(model)
-    hooks: Hooks = []
-    depth = models.n_layers(model)
-    for layer in range(depth):
-        if rerun_mlp:
-            hooks += _attn_restored(base, layer, rows, depth)
-        for kind in sorted(needed):
-            hooks.append(
-                (models.site(layer, f"{kind}_out"), _keep(base.outputs, (kind, layer), rows))
-            )
-        hooks.append((models.site(layer, "resid_post"), _keep(base.states, layer, rows)))
-    keep = problem.readout.keep
-    stream = _with_copies(stream) if rerun_mlp else stream
-    return base, runs.run_stream(model, stream, problem.tokens, hooks, base.keys, keep)
-
-
-def _keep(store: dict, key: object, rows: int) -> Callable[..., Tensor]:
-    def keep(act: Tensor, hook: object = None) -> Tensor:
-        store[key] = act[:rows].clone()
-        return act
-
-    return keep
-
-
-def _attn_restored(base: BaseRun, layer: int, rows: int, depth: int) -> Hooks:
-    """Beside the corrupted rows, let copies of them run each block with clean attention outputs.
-
-    The copies are dropped after the block and made anew for the next, so that only one block's attention is restored.
-    """
-
-    def restore_all(act: Tensor, hook: object = None) -> Tensor:
-        clean = act[:1].expand(act.shape[0] - rows, -1, -1)
-        return torch.cat([act[:rows], clean])
-
-    def leave(act: Act) -> Tensor:
-        base.attn_restored[layer] = act[rows:].clone()
-        return _with_copies(act[:rows]) if layer < depth - 1 else act[:rows]
-
-    return [
-        (models.site(layer, "attn_out"), restore_all),
-        (models.site(layer, "resid_post"), fork(leave)),
-    ]
-
-
-def _with_copies(act: Act) -> Tensor:
-    return torch.cat([act, act[1:]])
-
-
-def _last_position(act: Tensor, hook: object = None) -> Tensor:
-    return act[:, -1:]
-
-
-# -- fork passes -----------------------------------------------------------------------------------
+        progress(done, total)
+    reuse = bool(base.keys.prepended)
+    return [Answers(m[0], m[1:], r, reuse) for m, r in zip(measured, restored, strict=True)]
 
 
 class _Forks:
@@ -187,48 +129,46 @@ class _Forks:
     A class, because the lines present change from block to block and every hook needs them.
     """
 
-    def __init__(self, model: Model, problem: Problem, base: BaseRun, part: Pass) -> None:
-        self.model, self.problem, self.base, self.part = model, problem, base, part
-        self.start, self.samples = part.start, base.samples
-        self.depth, self.length = models.n_layers(model), problem.tokens.shape[1]
+    def __init__(
+        self, model: Model, problems: Sequence[Problem], base: BaseRun, part: Pass
+    ) -> None:
+        self.model, self.problems, self.base, self.part = model, problems, base, part
+        self.length, self.samples, self.keep, _ = problems[0].shape
+        self.start, self.depth = part.start, models.n_layers(model)
         self.present: list[Line] = []
-        self.waiting = sorted(part.lines, key=lambda line: line.first)
+        self.waiting = list(part.lines)
+        self.owners = torch.zeros(1, dtype=torch.long, device=base.states[EMBEDDING].device)
+        """For each row in the batch the base row whose prefix it attends to: at first that of the carrying row."""
 
     def run(self) -> list[tuple[Line, Tensor]]:
         """Run the pass; each line with its [sample, metric] numbers."""
-        entering = [line for line in self.waiting if line.first == EMBEDDING]
         # One row carries the pass up to the first fork when none starts at the embedding.
-        stream = self.base.states[EMBEDDING][:1, self.start :]
-        if entering:
-            stream = self._new_rows(entering, EMBEDDING)
-            self._admit(entering)
+        stream = self._grow(EMBEDDING)(self.base.states[EMBEDDING][:1, self.start :])
         logits = runs.run_stream(
             self.model,
             stream,
-            self.problem.tokens[:, self.start :],
+            self.problems[0].tokens[:, self.start :],
             self._hooks(),
-            self.base.keys.reuse(self.start, self._owner),
-            self.problem.readout.keep,
+            self.base.keys.reuse(self.start, lambda layer, rows: self.owners),
+            self.keep,
         )
-        numbers = self.problem.readout(logits)
-        return list(zip(self.present, numbers.split(self.samples), strict=True))
+        return self._read(logits)
 
-    def _admit(self, lines: list[Line]) -> None:
-        self.present += lines
-        entered = {id(line) for line in lines}
-        self.waiting = [line for line in self.waiting if id(line) not in entered]
-
-    def _owner(self, layer: int, rows: int) -> Tensor:
-        """Every fork attends to its own sample's corrupted prefix; the carrying row to the clean one."""
-        device = self.base.states[EMBEDDING].device
-        if not self.present:
-            return torch.zeros(rows, dtype=torch.long, device=device)
-        return torch.arange(rows, device=device) % self.samples + 1
+    def _read(self, logits: Tensor) -> list[tuple[Line, Tensor]]:
+        """Each problem has its own answer token, so each reads its own rows."""
+        by_line = logits.unflatten(0, (len(self.present), self.samples))
+        found = []
+        for fact in dict.fromkeys(line.fact for line in self.present):
+            mine = [number for number, line in enumerate(self.present) if line.fact == fact]
+            rows = by_line if len(mine) == len(self.present) else by_line[mine]
+            numbers = self.problems[fact].readout(rows.flatten(0, 1)).split(self.samples)
+            found += [(self.present[n], each) for n, each in zip(mine, numbers, strict=True)]
+        return found
 
     def _hooks(self) -> Hooks:
         hooks: Hooks = []
         last = self.depth - 1
-        if self.problem.readout.keep == 1 and (name := models.mlp_input_site(self.model, last)):
+        if self.keep == 1 and (name := models.mlp_input_site(self.model, last)):
             # The last block's MLP is read at the last position only; one position broadcasts into the stream.
             hooks.append((name, _last_position))
         for layer in range(self.depth):
@@ -239,24 +179,39 @@ class _Forks:
         return hooks
 
     def _outputs(self, kind: str, layer: int) -> Callable[..., Tensor]:
-        """Inside a window a fork's own position takes the clean output; severed, the corrupted one."""
+        """Inside a window a fork's own position takes the source's output; severed, the baseline's."""
 
         def patch(act: Tensor, hook: object = None) -> Tensor:
-            source, where = act.clone(), torch.zeros(act.shape[:2], dtype=torch.bool)
-            for number, line in enumerate(self.present):
-                # Counted from the end, because the last block's MLP may hold the last position only.
-                at = line.position - self.length
-                if not line.touches(kind, layer) or -at > act.shape[1]:
-                    continue
-                rows = slice(number * self.samples, (number + 1) * self.samples)
-                where[rows, at] = True
-                if line.restores(kind, layer):
-                    source[rows, at] = self.base.clean(kind, layer)[line.position]
-                else:
-                    source[rows, at] = self.base.corrupted(kind, layer)[:, line.position]
-            return substitute(source, where)(act)
+            # The last block's MLP may hold the last position only.
+            touched = [
+                (number, line)
+                for number, line in enumerate(self.present)
+                if line.touches(kind, layer) and self.length - line.position <= act.shape[1]
+            ]
+            changed = act.clone()
+            for restored in (True, False):
+                chosen = [each for each in touched if each[1].restores(kind, layer) == restored]
+                if chosen:
+                    self._put(changed, chosen, kind, layer, restored)
+            return changed
 
         return patch
+
+    def _put(
+        self, act: Tensor, chosen: list[tuple[int, Line]], kind: str, layer: int, restored: bool
+    ) -> None:
+        numbers, lines = zip(*chosen, strict=True)
+        problems, positions = self._where(lines, act.device)
+        rows = self.base.source(problems) if restored else self.base.baseline(problems)
+        firsts = torch.tensor(numbers, device=act.device) * self.samples
+        own = (firsts[:, None] + torch.arange(self.samples, device=act.device)).flatten()
+        # Counted from the end, since `act` may begin at any position.
+        act[own, positions - self.length] = self.base.values(kind, layer)[rows, positions]
+
+    def _where(self, lines: Sequence[Line], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Each line's problem, and each row's position."""
+        positions = torch.tensor([line.position for line in lines], device=device)
+        return problems_of(lines, device), positions.repeat_interleave(self.samples)
 
     def _grow(self, layer: int) -> Callable[[Tensor], Tensor]:
         """At a block's output: let ended windows leave their shared line, and new forks enter."""
@@ -269,34 +224,51 @@ class _Forks:
                     ended, self.present[number] = halves
                     self.present.append(ended)
             entering = [line for line in self.waiting if line.first == layer]
-            if entering:
-                parts.append(self._new_rows(entering, layer))
-                self._admit(entering)
+            self.waiting = [line for line in self.waiting if line.first != layer]
+            for route in sorted({self._route(line) for line in entering}):
+                lines = [line for line in entering if self._route(line) == route]
+                parts.append(self._new_rows(lines, route, layer))
+                self.present += lines
             if not self.present:
                 return act
+            if len(parts) > 1 or entering:
+                self.owners = self.base.baseline(problems_of(self.present, act.device))
             return torch.cat(parts) if len(parts) > 1 else parts[0]
 
         return make
 
-    def _new_rows(self, lines: list[Line], layer: int) -> Tensor:
-        """The corrupted rows, once for each line, with the line's own state put in."""
-        corrupted = self.base.corrupted("state", layer)[:, self.start :]
-        rows = repeat(
-            corrupted, "sample pos d_model -> line sample pos d_model", line=len(lines)
-        ).clone()
-        for number, line in enumerate(lines):
-            rows[number, :, line.position - self.start] = self._state(line, layer)
-        return rows.flatten(0, 1)
-
-    def _state(self, line: Line, layer: int) -> Tensor:
-        """A line's first state, [sample, d_model] or [d_model]: the block's output with its one part restored."""
-        if line.kind == "state":
-            return self.base.clean("state", layer)[line.position]
+    def _route(self, line: Line) -> str:
+        """How a line's first state is had: "state", or through an output: "mlp", "attn", or "attn and mlp"."""
         if line.kind == "attn" and not line.severs("mlp") and self.base.attn_restored:
-            return self.base.attn_restored[layer][:, line.position]
+            return "attn and mlp"
+        return line.kind
+
+    def _new_rows(self, lines: Sequence[Line], route: str, layer: int) -> Tensor:
+        """The baseline rows, once for each line, with the line's own state put in."""
+        states = self.base.values("state", layer)[:, self.start :]
+        problems, positions = self._where(lines, states.device)
+        rows = states.index_select(0, self.base.baseline(problems))
+        own = torch.arange(rows.shape[0], device=rows.device)
+        rows[own, positions - self.start] = self._state(route, layer, problems, positions)
+        return rows
+
+    def _state(self, route: str, layer: int, problems: Tensor, positions: Tensor) -> Tensor:
+        """First states of lines, [fork, d_model]: the block's output with one part of it from the source run."""
+        baseline, source = self.base.baseline(problems), self.base.source(problems)
+        states = self.base.values("state", layer)
+        if route == "state":
+            return states[source, positions]
+        if route == "attn and mlp":
+            # The copies lie problem by problem, without the clean rows between them.
+            sample = torch.arange(self.samples, device=problems.device)
+            copies = (problems[:, None] * self.samples + sample).flatten()
+            return self.base.attn_restored[layer][copies, positions]
         # At least in float32, since a bfloat16 sum would be rounded twice more than the model rounds it.
-        state = self.base.corrupted("state", layer)[:, line.position]
-        wide = torch.promote_types(state.dtype, torch.float32)
-        clean = self.base.clean(line.kind, layer)[line.position].to(wide)
-        own = self.base.corrupted(line.kind, layer)[:, line.position].to(wide)
-        return state.to(wide) + (clean - own)
+        wide = torch.promote_types(states.dtype, torch.float32)
+        outputs = self.base.values(route, layer)
+        gain = outputs[source, positions].to(wide) - outputs[baseline, positions].to(wide)
+        return (states[baseline, positions].to(wide) + gain).to(states.dtype)
+
+
+def _last_position(act: Tensor, hook: object = None) -> Tensor:
+    return act[:, -1:]

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import ceil
 
 import pandas as pd
 import psutil
@@ -15,6 +16,12 @@ from factlens.plans import window_layers
 BLOCK_OVERHEAD_FLOPS = {"cpu": 2e8, "cuda": 1e10}
 """What starting one more block costs, in FLOPs that the machine could have done meanwhile: reading weights and
 launching kernels. It decides whether neighbouring positions share a pass."""
+
+
+TOGETHER = 32
+"""Most problems that share passes."""
+WORTH_STARTING = 10
+"""A pass should do this many times the work that starting its blocks costs."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Line:
     ends: tuple[int, ...]
     rows_of_cells: tuple[int, ...]
     """Where the results go: numbers of rows of the plan."""
+    fact: int = 0
+    """Which of the problems that share the pass."""
 
     def restores(self, kind: str, layer: int) -> bool:
         """Whether the clean output of `kind` goes in at `layer`. The first layer's is in the forked state already."""
@@ -83,42 +92,43 @@ def _pass(lines: list[Line]) -> Pass:
     return Pass(min(line.position for line in lines), tuple(lines))
 
 
-def lines_of(cells: pd.DataFrame, n_layers: int) -> list[Line]:
-    """The fewest lines that answer `cells`: one for each distinct run, windows that start together sharing one."""
+def lines_of(cells: pd.DataFrame, n_layers: int, fact: int = 0) -> list[Line]:
+    """The fewest lines that answer `cells`: one for each distinct run, windows that start together sharing one.
+
+    `rows_of_cells` are the labels of the frame's index, so that a part of a plan still knows its places.
+    """
     found: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
-    for row, cell in cells.iterrows():
-        if cell["kind"] == "state":
-            first, end = int(cell["layer"]), int(cell["layer"]) + 1
+    for cell in cells[["kind", "window", "severed", "layer", "position"]].itertuples():
+        row, kind, window, severed, layer, position = cell
+        if kind == "state":
+            first, end = int(layer), int(layer) + 1
         else:
-            layers = window_layers(int(cell["layer"]), int(cell["window"]), n_layers)
+            layers = window_layers(int(layer), int(window), n_layers)
             first, end = layers.start, layers.stop
-        alone = (
-            end == first + 1
-        )  # Over when it starts: nothing to share, and no block in which to split.
-        key = (cell["kind"], cell["severed"], int(cell["position"]), first, alone)
-        found[key].append((end, int(row)))  # type: ignore[call-overload]
+        # Over when it starts: nothing to share, and no block in which to split.
+        alone = end == first + 1
+        found[kind, severed, int(position), first, alone].append((end, int(row)))
     lines = []
     for (kind, severed, position, first, _), members in found.items():
         members.sort()
         ends, rows = zip(*members, strict=True)
-        lines.append(Line(kind, severed, position, first, ends, rows))
+        lines.append(Line(kind, severed, position, first, ends, rows, fact))
     return lines
 
 
 def cut_into_passes(
     model: Model,
-    cells: pd.DataFrame,
+    lines: list[Line],
     length: int,
     samples: int,
     keep: int,
     budget: int | None = None,
 ) -> list[Pass]:
-    """Cut `cells` into passes: positions grouped for the least work, each pass within `budget` bytes.
+    """Cut `lines` into passes: positions grouped for the least work, each pass within `budget` bytes.
 
     One pass per position runs the fewest tokens; neighbours are joined where the tokens saved cost less than starting
     every block once more (late positions, small models).
     """
-    lines = lines_of(cells, models.n_layers(model))
     allowed = free_memory(model) // 2 if budget is None else budget
     queue = [
         _pass(group)
@@ -200,6 +210,28 @@ def pass_bytes(model: Model, part: Pass, length: int, samples: int, keep: int) -
     block = runs * (span * width + attention) * models.dtype_of(model).itemsize
     logits = runs * keep * int(config.d_vocab) * (models.dtype_of(model).itemsize + 4)
     return max(block, logits)
+
+
+def lines_together(
+    model: Model, lines: list[Line], length: int, samples: int, keep: int, budget: int | None = None
+) -> int:
+    """How many problems with such `lines` should share their passes, at most `TOGETHER`.
+
+    As many as fit, while one position's work of a single problem is so little that starting blocks costs more than
+    a small part of it: always on a GPU, on a CPU for small models only.
+    """
+    allowed = free_memory(model) // 2 if budget is None else budget
+    positions = {line.position for line in lines}
+    if not positions:
+        return TOGETHER
+    runs = sum(len(set(line.ends)) for line in lines) * samples / len(positions)
+    work = runs * length / 2 * _block_flops(model) / 2  # Forks enter on the way: half the blocks.
+    wanted = ceil(WORTH_STARTING * _overhead(model) / work)
+    config = models.cfg(model)
+    width = 4 * int(config.d_model) * int(config.n_layers)  # States, two outputs, keys with values.
+    stored = (samples + 1) * length * width * models.dtype_of(model).itemsize
+    widest = pass_bytes(model, _pass(lines), length, samples, keep)
+    return max(1, min(TOGETHER, wanted, allowed // (stored + widest)))
 
 
 def free_memory(model: Model) -> int:

@@ -52,20 +52,25 @@ def run_plain(
     clean_logits, clean = runs.run_with_cache(model, problem.tokens, sites)
     clean = {name: runs.rows_of(act, rows) for name, act in clean.items()}
     corrupted_logits, corrupted = runs.run_with_cache(model, tokens, sites, corrupt(noise))
+    measured = problem.readout(clean_logits)[0], problem.readout(corrupted_logits)[clean_rows:]
 
     restored = torch.zeros(len(problem.cells), samples, len(METRICS))
-    baseline = problem.readout(corrupted_logits)[clean_rows:]
+    # What runs untouched, what it starts with, and where values are put in from and severed ones frozen at.
+    if problem.direct:
+        untouched, start, source, frozen = measured[0].expand(samples, -1), [], corrupted, clean
+    else:
+        untouched, start, source, frozen = measured[1], corrupt(noise), clean, corrupted
     for number, cell in enumerate(problem.cells.itertuples(index=False)):
         if cell.kind == "state" and cell.layer == EMBEDDING and not _in_subject(cell, problem):
-            restored[number] = baseline
+            restored[number] = untouched
         else:
             where = torch.zeros(rows, length, dtype=torch.bool)
             where[clean_rows:, cell.position] = True
-            hooks = corrupt(noise) + _patches(model, cell, clean, corrupted, where)
+            hooks = start + _patches(model, cell, source, frozen, where)
             logits = runs.logits_of(model, tokens, hooks, keep)
             restored[number] = problem.readout(logits)[clean_rows:]
         progress(number + 1, len(problem.cells))
-    return Answers(problem.readout(clean_logits)[0], baseline, restored)
+    return Answers(*measured, restored)
 
 
 def _in_subject(cell: object, problem: Problem) -> bool:
@@ -86,23 +91,23 @@ def _sites(model: Model, problem: Problem) -> list[str]:
 def _patches(
     model: Model,
     cell: object,
-    clean: Mapping[str, Tensor],
-    corrupted: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
     where: Where,
 ) -> Hooks:
     """Sever first, restore after: the last hook at a site wins."""
     kind, layer, severed = cell.kind, cell.layer, cell.severed  # type: ignore[attr-defined]
     hooks: Hooks = []
     if severed in ("mlp", "both"):
-        hooks += sever_mlp(corrupted, where)
+        hooks += sever_mlp(frozen, where)
     if severed in ("attn", "both"):
-        hooks += sever_attn(corrupted, where)
+        hooks += sever_attn(frozen, where)
     if kind == "state":
-        return hooks + restore(layer, clean, where)
+        return hooks + restore(layer, source, where)
     if kind in ("mlp", "attn"):
         layers = window_layers(layer, cell.window, models.n_layers(model))  # type: ignore[attr-defined]
-        return hooks + restore_window(kind, layers, clean, where)
+        return hooks + restore_window(kind, layers, source, where)
     name, head = kind.format(l=layer), getattr(cell, "head", -1)
     if head >= 0:
-        return [*hooks, (name, substitute_head(clean[name], where, head))]
-    return [*hooks, (name, substitute(clean[name], where))]
+        return [*hooks, (name, substitute_head(source[name], where, head))]
+    return [*hooks, (name, substitute(source[name], where))]

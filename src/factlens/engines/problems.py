@@ -13,6 +13,9 @@ from factlens.types import Logits, Noise, Tokens
 METRICS = ("prob", "logprob", "logit_diff", "kl")
 """The measured quantities, in the order of the `metric` axis: the answer's probability, its log, its logit minus the
 foil's (NaN without a foil), and KL(clean || this run) over the vocabulary in nats (NaN without a reference)."""
+EFFECTS = ("indirect", "direct")
+"""Indirect: a part is restored in the corrupted run. Direct: it is held at its corrupted value in the clean run, so
+that what is left of the total effect flows past it (ROME, footnote 5)."""
 SIGNS = {"kl": -1.0}
 """Metrics that fall as a run comes back to the clean one; their effects are counted the other way round."""
 
@@ -66,6 +69,13 @@ class Problem:
     cells: pd.DataFrame
     """The plan; results come in its order."""
     readout: Readout
+    direct: bool = False
+    """Hold a part at its corrupted value in the clean run, instead of restoring it in the corrupted one."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, bool]:
+        """Problems of one shape can share their passes: tokens, noise samples, positions read, and what is held."""
+        return self.tokens.shape[1], self.noise.shape[0], self.readout.keep, self.direct
 
 
 @dataclass(frozen=True)
