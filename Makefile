@@ -8,16 +8,20 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 MODEL ?= atlas
 PROMPT ?=
 SUBJECT ?=
-OUT ?= runs/trace
 ARGS ?=
+# make average MODEL=gpt2-xl N=1000 FACTS=data/known_1000.json WORKERS=4
+N ?= 1000
+FACTS ?=
+WORKERS ?= 1
+RAY = $(if $(filter-out 1,$(WORKERS)),$(VENV)/installed-ray)
 # Taken as they are: make would read a $ in a prompt as a variable of its own.
 override MODEL := $(value MODEL)
 override PROMPT := $(value PROMPT)
 override SUBJECT := $(value SUBJECT)
-override OUT := $(value OUT)
-export MODEL PROMPT SUBJECT OUT
+override FACTS := $(value FACTS)
+export MODEL PROMPT SUBJECT OUT FACTS
 
-.PHONY: help setup trace test test-hooked-transformer check format bench notebooks figures atlas clean
+.PHONY: help setup trace average report paper test test-hooked-transformer check format bench notebooks figures atlas clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 28
@@ -32,7 +36,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "installing the development tools into $(VENV) (once)"
 	@$(INSTALL) -e '.[dev]'
-	@touch $@ $(VENV)/installed-notebooks
+	@touch $@ $(VENV)/installed-notebooks $(VENV)/installed-ray
+
+$(VENV)/installed-ray: $(VENV)/installed
+	@echo "installing Ray into $(VENV) (once)"
+	@$(INSTALL) -e '.[ray]'
+	@touch $@
 
 $(VENV)/installed-notebooks: $(VENV)/installed
 	@echo "installing Jupyter into $(VENV) (once)"
@@ -44,10 +53,22 @@ setup: $(VENV)/installed-dev  ## Everything for development, in .venv
 # The shell reads the variables from the environment, so a prompt may hold any character.
 trace: $(VENV)/installed  ## Trace a fact; MODEL=, PROMPT=, SUBJECT=, OUT=, ARGS= (more options)
 	@if [ -n "$$PROMPT" ]; then \
-	  $(BIN)/factlens trace --subject "$$SUBJECT" --model "$$MODEL" --out "$$OUT" $(ARGS) -- "$$PROMPT"; \
+	  $(BIN)/factlens trace --subject "$$SUBJECT" --model "$$MODEL" --out "$${OUT:-runs/trace}" $(ARGS) -- "$$PROMPT"; \
 	else \
-	  $(BIN)/factlens trace --model "$$MODEL" --out "$$OUT" $(ARGS); \
+	  $(BIN)/factlens trace --model "$$MODEL" --out "$${OUT:-runs/trace}" $(ARGS); \
 	fi
+
+average: $(VENV)/installed $(RAY)  ## Trace a thousand facts, resumable; MODEL=, N=, FACTS=, WORKERS=, OUT=, ARGS=
+	@$(BIN)/factlens average --model "$$MODEL" --n $(N) --workers $(WORKERS) $(if $(FACTS),--facts "$$FACTS") \
+	  --out "$${OUT:-runs/average-$$(basename "$$MODEL")}" $(ARGS)
+
+report: $(VENV)/installed  ## Write the page of a run again; OUT=, ARGS="--images svg"
+	@$(BIN)/factlens report "$${OUT:-runs/average-$$(basename "$$MODEL")}" $(ARGS)
+
+# So far the tracing half: Figure 1 of one fact, then Figures 2, 3, 7 and 16 with every variant.
+paper: $(VENV)/installed $(RAY)  ## Every figure and table of the paper that there is so far; MODEL=, N=, FACTS=
+	@$(MAKE) --no-print-directory trace OUT="$${OUT:-runs/paper-$$(basename "$$MODEL")}/figure-1"
+	@$(MAKE) --no-print-directory average OUT="$${OUT:-runs/paper-$$(basename "$$MODEL")}"
 
 test: $(VENV)/installed-dev  ## The tests
 	@$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -15,17 +15,22 @@ import factlens
 SOURCE = Path(factlens.__file__).parent
 LAYERS = [
     ["cli", "panels", "benchmark"],
+    ["commands.tracing", "commands.averaging", "commands.listing"],
+    ["commands.shared", "commands.options"],
     ["terminal"],
     ["reports"],
-    ["averages"],
-    ["store", "executors"],
-    ["studies"],
     ["plots"],
     ["line_plots"],
     ["average_plots", "trace_plots", "scatter_plots", "images"],
     ["styles"],
+    ["summaries"],
+    ["averages"],
+    ["store", "executors"],
+    ["studies"],
     ["claims"],
+    ["peaks"],
     ["effects", "gradients", "tracing"],
+    ["intervals", "measurements"],
     ["preparations"],
     ["settings"],
     ["knowledge"],
@@ -65,7 +70,7 @@ def factlens_imports(name: str) -> set[str]:
             inside = (node.module or "").removeprefix("factlens").lstrip(".")
             names = [inside] if inside else [alias.name for alias in node.names]
             found |= {each.split(".")[0] if each.startswith("atlas") else each for each in names}
-    return found - {name, "engines"}
+    return found - {name, "engines", "commands"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "atlas"])
@@ -99,15 +104,25 @@ def test_the_public_names_are_pinned_documented_and_load():
         "Fact",
         "FactWarning",
         "FactlensError",
+        "Summary",
         "Trace",
+        "average",
+        "average_effects",
+        "average_total_effects",
         "bundled_facts",
+        "claims",
+        "effects",
+        "executors",
         "explore",
         "fingerprint",
+        "gradients",
         "known_facts",
         "load_model",
         "patches",
+        "peaks",
         "plots",
         "read_facts",
+        "read_run",
         "reports",
         "trace",
     ]

@@ -13,9 +13,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from factlens import claims as claims
+    from factlens import effects as effects
+    from factlens import executors as executors
+    from factlens import gradients as gradients
     from factlens import patches as patches
+    from factlens import peaks as peaks
     from factlens import plots as plots
     from factlens import reports as reports
+    from factlens.averages import average as average
+    from factlens.averages import read_run as read_run
+    from factlens.effects import average_effects as average_effects
+    from factlens.effects import average_total_effects as average_total_effects
     from factlens.errors import FactlensError as FactlensError
     from factlens.errors import FactWarning as FactWarning
     from factlens.facts import Fact as Fact
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
     from factlens.knowledge import known_facts as known_facts
     from factlens.models import load_model as load_model
     from factlens.panels import explore as explore
+    from factlens.summaries import Summary as Summary
     from factlens.traces import Trace as Trace
     from factlens.tracing import trace as trace
 
@@ -32,30 +42,45 @@ _HOMES = {
     "Fact": "facts",
     "FactWarning": "errors",
     "FactlensError": "errors",
+    "Summary": "summaries",
     "Trace": "traces",
+    "average": "averages",
+    "average_effects": "effects",
+    "average_total_effects": "effects",
     "bundled_facts": "facts",
     "explore": "panels",
     "fingerprint": "fingerprints",
     "known_facts": "knowledge",
     "load_model": "models",
     "read_facts": "facts",
+    "read_run": "averages",
     "trace": "tracing",
 }
-_MODULES = ("patches", "plots", "reports")
+_MODULES = ("claims", "effects", "executors", "gradients", "patches", "peaks", "plots", "reports")
 
 __all__ = [
     "Fact",
     "FactWarning",
     "FactlensError",
+    "Summary",
     "Trace",
+    "average",
+    "average_effects",
+    "average_total_effects",
     "bundled_facts",
+    "claims",
+    "effects",
+    "executors",
     "explore",
     "fingerprint",
+    "gradients",
     "known_facts",
     "load_model",
     "patches",
+    "peaks",
     "plots",
     "read_facts",
+    "read_run",
     "reports",
     "trace",
 ]

@@ -72,9 +72,7 @@ def bundled_subjects() -> list[str]:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def read_facts(
-    path: str | Path, *, on_bad_row: Callable[[str], None] | None = None
-) -> list[Fact]:
+def read_facts(path: str | Path, *, on_bad_row: Callable[[str], None] | None = None) -> list[Fact]:
     """Read facts from a file: `.json` (the official known_1000 form), `.jsonl` or `.csv`.
 
     CSV and JSONL rows have `prompt` and `subject`, and may have `object`, `relation`, `id`. A `{}` in the prompt

@@ -20,7 +20,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         with partial.open("rb") as written:
-            os.fsync(written.fileno())  # Before the name is there, so that what has the name is whole.
+            os.fsync(
+                written.fileno()
+            )  # Before the name is there, so that what has the name is whole.
         partial.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from factlens.summaries import Summary
     from factlens.traces import Trace
 
 
@@ -86,3 +87,27 @@ def show_trace(traced: Trace, count: int) -> None:
         print(f"skipped {prompt!r}: {reason}", file=sys.stderr)
     if len(traced.skipped) > 5:
         print(f"… and {len(traced.skipped) - 5} more facts skipped", file=sys.stderr)
+
+
+def show_run(summary: Summary) -> None:
+    """The terminal summary of a run: total effect, the claims and their verdicts, time."""
+    run, total = summary.run, summary.ate.iloc[0]
+    line = (
+        f"{run.main.info['model']}: {len(run.main)} known facts of {len(run.knowledge)} asked; clean "
+        f"{total['clean']:.3f}, corrupted {total['corrupted']:.3f}, average total effect {total['ate']:.4f} "
+        f"({total['low']:.4f} to {total['high']:.4f})"
+    )
+    console().print(line, soft_wrap=True, markup=False, style="bold")
+    columns = ["claim", "difference", "low", "high", "n_facts", "verdict"]
+    print_table(
+        tuple(columns), [tuple(row) for row in summary.claims[columns].itertuples(index=False)]
+    )
+    skipped = ", ".join(f"{row.facts} {row.reason}" for row in summary.skipped.itertuples())
+    info = run.main.info
+    console().print(
+        f"{info['engine']} engine, {info['samples']} samples, noise level {info['noise_level']:.4f} "
+        f"({info['noise_source']}), {sum(run.wall_clock):.0f} s in all. Not traced: {skipped or 'none'}",
+        style="dim",
+        soft_wrap=True,
+        markup=False,
+    )

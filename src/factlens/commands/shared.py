@@ -1,0 +1,136 @@
+"""What commands share: errors as one line, models and workers, places to write."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from factlens.terminal import console
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from factlens.executors import Executor
+    from factlens.models import Model
+
+
+def usage(message: str) -> Exception:
+    """What a command cannot make sense of, as the error to raise."""
+    from factlens.errors import PlanError
+
+    return PlanError(message)
+
+
+@contextmanager
+def clear_errors(kept: Path | None = None) -> Iterator[None]:
+    """Errors as one line and exit code 2, warnings as one line each, Ctrl-C as one line and 130.
+
+    `kept` is the folder of a run that the same command goes on with.
+    """
+    from factlens.errors import FactlensError
+
+    def show(message: Any, category: type, *where: Any, **more: Any) -> None:
+        from factlens.errors import FactWarning
+
+        if issubclass(category, FactWarning):
+            print(f"note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        try:
+            yield
+        except FactlensError as error:
+            print(f"factlens: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except MemoryError:
+            print(
+                "factlens: out of memory; use fewer --samples or a narrower --dtype",
+                file=sys.stderr,
+            )
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            rest = (
+                f"the same command goes on from {kept}" if kept else "no file was left half-written"
+            )
+            print(f"factlens: interrupted; {rest}", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+def load(name: str, device: str | None, dtype: str, device_map: str | None = None) -> Model:
+    """The model a command is about, with a word on the terminal while it loads."""
+    import torch
+    from rich.markup import escape
+
+    from factlens.models import load_model
+
+    check_dtype(dtype)
+    if device is not None:
+        check_device(device)
+    with console(stderr=True).status(f"loading {escape(name)}"):
+        return load_model(name, device=device, dtype=getattr(torch, dtype), device_map=device_map)
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a type that models do not come in."""
+    known = ("float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise usage(f"no dtype {dtype!r}; there are {', '.join(known)}")
+
+
+def executor_for(
+    name: str,
+    device: str | None,
+    device_map: str | None,
+    dtype: str,
+    workers: int,
+    ray_address: str | None,
+) -> Executor:
+    """Where a run is computed: in this process, unless several workers or a cluster are asked for."""
+    from factlens.executors import InProcess, ModelSource, OnRay
+
+    if workers < 1:
+        raise usage(f"--workers is a number from 1 up, not {workers}")
+    if workers == 1 and ray_address is None:
+        return InProcess(load(name, device, dtype, device_map))
+    check_dtype(dtype)
+    source = ModelSource(name=name, device=device, dtype=dtype, device_map=device_map)
+    with console(stderr=True).status(f"starting {workers} workers"):
+        return OnRay(source, workers, ray_address)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise usage(f"there is no device {device!r}; use cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise usage(f"the device {device!r} is not there: torch sees no CUDA GPU; use --device cpu")
+
+
+def level_of(given: str | None) -> float | str | None:
+    """A noise level as `trace` takes it: numbers as numbers, words as they are."""
+    try:
+        return None if given is None else float(given)
+    except ValueError:
+        return given
+
+
+def check_writable(out: Path) -> None:
+    """Find out before the work, not after it."""
+    from factlens.errors import OutputError
+
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"cannot write to the folder {out}: {nearest} is no writable folder; use --out"
+        )
