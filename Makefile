@@ -18,6 +18,7 @@ RAY = $(if $(filter-out 1,$(WORKERS)),$(VENV)/installed-ray)
 override MODEL := $(value MODEL)
 override PROMPT := $(value PROMPT)
 override SUBJECT := $(value SUBJECT)
+override OUT := $(value OUT)
 override FACTS := $(value FACTS)
 export MODEL PROMPT SUBJECT OUT FACTS
 

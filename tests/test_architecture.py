@@ -14,7 +14,8 @@ import factlens
 
 SOURCE = Path(factlens.__file__).parent
 LAYERS = [
-    ["cli", "panels", "benchmark"],
+    ["cli", "panels", "scaling"],
+    ["benchmark"],
     ["commands.tracing", "commands.averaging", "commands.listing"],
     ["commands.shared", "commands.options"],
     ["terminal"],

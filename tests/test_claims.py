@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from factlens import claims
-from factlens.intervals import Estimate
 from factlens.facts import Fact
+from factlens.intervals import Estimate
 from factlens.traces import Trace
 
 DEPTH, FACTS = 8, 80

@@ -169,3 +169,91 @@ def test_data_lists_what_can_be_fetched(run):
 def test_help_teaches(run):
     assert "Examples" in run("trace", "--help").output
     assert "offline" in run("--help").output
+
+
+# -- average and report ------------------------------------------------------------------------------
+
+QUICK = ["--study", "none", "--samples", 1, "--n", 3]
+
+
+def facts_file(path, rows):
+    path.write_text("prompt,subject,object\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def capitals(tmp_path):
+    countries = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Egypt": "Cairo"}
+    rows = [f"The capital of {{}} is,{name},{city}" for name, city in countries.items()]
+    return facts_file(tmp_path / "capitals.csv", rows)
+
+
+def test_average_writes_a_page_and_report_writes_it_again_from_files_alone(
+    run, tmp_path, capitals, monkeypatch
+):
+    out = tmp_path / "run"
+    first = run("average", "--facts", capitals, "--out", out, *QUICK)
+    assert "early site at the last" in first.output
+    assert "known, and not drawn" in first.output
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for part in ("Figure 2", "Figure 3", "Figure 7", "The claims of Section 2", "fingerprint"):
+        assert part in page
+    (out / "report.html").unlink()
+    monkeypatch.setattr("factlens.models.load_model", None)  # Whoever loads a model fails.
+    run("report", out)
+    assert (out / "report.html").read_text(encoding="utf-8") == page
+    assert len(pd.read_csv(out / "claims.csv")) == 9
+
+
+def test_bad_rows_are_left_out_named_and_kept_in_the_report(run, tmp_path, capitals):
+    text = capitals.read_text().splitlines()
+    text[2:2] = ["The capital of,,Oslo", "no subject here,Norway,Oslo", "a,b,c,d,e"]
+    bad = facts_file(tmp_path / "bad.csv", text[1:])
+    found = run("average", "--facts", bad, "--out", tmp_path / "run", *QUICK)
+    assert found.stderr.count("left out:") == 3
+    assert "line 3: no subject" in found.stderr
+    assert "3 row of the fact file that cannot be used" in found.output
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "spans are matched verbatim" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--study", "colour"], "no study 'colour'"),
+        (["--workers", 0], "from 1 up"),
+        (["--n", 0], "from 1 up"),
+        (["--noise-level", "loud"], "a number"),
+        (["--dtype", "int3"], "float32"),
+        (["--known", "so"], "whole"),
+    ],
+)
+def test_average_refuses_in_one_line(run, tmp_path, capitals, arguments, message):
+    command = ["average", "--facts", capitals, "--out", tmp_path / "run", *QUICK]
+    assert message in run(*command, *arguments, code=2).stderr
+
+
+def test_a_run_that_is_not_there_or_has_other_settings_is_one_line(run, tmp_path, capitals):
+    assert "there is no run in" in run("report", tmp_path / "none", code=2).stderr
+    out = tmp_path / "run"
+    run("average", "--facts", capitals, "--out", out, *QUICK)
+    told = run("average", "--facts", capitals, "--out", out, *QUICK, "--seed", 5, code=2).stderr
+    assert "trace.seed was 0, now 5" in told
+
+
+def test_no_known_fact_is_one_line(run, tmp_path):
+    wrong = facts_file(tmp_path / "wrong.csv", ["The capital of {} is,France,Lima"])
+    told = run("average", "--facts", wrong, "--out", tmp_path / "run", code=2).stderr
+    assert "knows none of the 1 facts" in told
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(run, tmp_path, capitals, monkeypatch):
+    def interrupted(model, chunk):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("factlens.averages.do_chunk", interrupted)
+        told = run("average", "--facts", capitals, "--out", out, *QUICK, code=130).output
+    assert "interrupted; the same command goes on from" in told
+    run("average", "--facts", capitals, "--out", out, *QUICK)

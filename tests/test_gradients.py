@@ -495,6 +495,8 @@ def test_what_does_not_exist_is_refused(atlas, traced):
         attribution_patching(atlas, traced, seed=1)
     with pytest.raises(PlanError, match="no kind 'head'"):
         attribution_patching(atlas, traced, kinds="head")
+    with pytest.raises(FactError, match="is no Fact"):
+        attribution_patching(atlas, iter([FACTS[0], "France"]))
     with pytest.raises(FactError, match="no facts"):
         attribution_patching(atlas, [])
     with pytest.raises(PromptTooLong):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+import pandas as pd
 import torch
 import typer
 
@@ -81,18 +82,19 @@ def problem(model: Model, kind: str, window: int = WINDOW) -> Problem:
     return Problem(ids, SUBJECT, noise, cells, Readout(torch.tensor([top])))
 
 
-def needed_flops(model: Model, task: Problem) -> float:
+def needed_flops(
+    config: Any, cells: pd.DataFrame, subject: tuple[int, int], length: int, samples: int
+) -> float:
     """FLOPs of the matrix products when no block runs twice for the same rows: 2 for each weight, token and run.
 
     Counts the base pass, each distinct run from the block after its fork to the last, over the positions from its own
     on (in the last block only attention there, and the MLP at the last position), and one unembedding for each run.
-    Attention scores, norms and activations are left out.
+    Attention scores, norms and activations are left out. `config` is a TransformerLens configuration, or anything with
+    its numbers; `subject` is half-open.
     """
-    depth, length = models.n_layers(model), int(task.tokens.shape[1])
-    config = models.cfg(model)
-    d_model, block = int(config.d_model), block_weights(model)
+    depth, d_model, block = int(config.n_layers), int(config.d_model), block_weights(config)
     mlp = block - 4 * d_model * int(config.d_head) * int(config.n_heads)
-    cells = task.cells[~is_zero(task.cells, task.subject, length - 1, depth).to_numpy(dtype=bool)]
+    cells = cells[~is_zero(cells, subject, length - 1, depth).to_numpy(dtype=bool)]
     weights = 0.0
     runs = 0
     for line in lines_of(cells, depth):
@@ -104,9 +106,9 @@ def needed_flops(model: Model, task: Problem) -> float:
             weights += middle * span * block
             if start < depth - 1:
                 weights += span * (block - mlp) + mlp
-    base = (SAMPLES + 1) * depth * length * block
-    unembed = (SAMPLES * runs + SAMPLES + 1) * d_model * int(config.d_vocab)
-    return 2.0 * (SAMPLES * weights + base + unembed)
+    base = (samples + 1) * depth * length * block
+    unembed = (samples * runs + samples + 1) * d_model * int(config.d_vocab)
+    return 2.0 * (samples * weights + base + unembed)
 
 
 def matrix_rate(model: Model) -> float:
@@ -158,7 +160,8 @@ def measure(shape: str, model: Model, kind: str, rounds: int) -> Row:
         both = fast.restored[::every, :, 1] - slow.restored[..., 1]
         gap = max(gap, float(both.abs().max()))
     middle: dict[str, Any] = {name: statistics.median(each) for name, each in times.items()}
-    flops, rate = needed_flops(model, task), statistics.median(rates)
+    flops = needed_flops(models.cfg(model), task.cells, SUBJECT, LENGTH, SAMPLES)
+    rate = statistics.median(rates)
     return Row(shape, kind, **middle, flops=flops, rate=rate, difference=gap)
 
 

@@ -74,6 +74,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
             html = section.figure.to_html(
                 full_html=False,
                 include_plotlyjs=with_plotly,
+                div_id=f"figure-{len(drawn)}",  # Plotly's own ids are random; the same run gives the same page.
                 config={"displaylogo": False, "responsive": False},
             )
             with_plotly = False

@@ -4,6 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import ceil
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -182,12 +183,14 @@ def _group_positions(
 
 def _block_flops(model: Model) -> float:
     """FLOPs of one block for one token: two for each weight of its matrices."""
-    return 2.0 * block_weights(model)
+    return 2.0 * block_weights(models.cfg(model))
 
 
-def block_weights(model: Model) -> int:
-    """Entries of the matrices of one block: attention's four and the MLP's two or three."""
-    config = models.cfg(model)
+def block_weights(config: Any) -> int:
+    """Entries of the matrices of one block: attention's four and the MLP's two or three.
+
+    `config` is a TransformerLens configuration, or anything with its numbers.
+    """
     d_model, d_mlp = int(config.d_model), int(config.d_mlp)
     kv_heads = getattr(config, "n_key_value_heads", None) or config.n_heads
     attention = d_model * int(config.d_head) * 2 * (int(config.n_heads) + int(kv_heads))
