@@ -32,6 +32,7 @@ LAYERS = [
     ["peaks"],
     ["effects", "gradients", "tracing"],
     ["intervals", "measurements"],
+    ["derivatives"],
     ["preparations"],
     ["settings"],
     ["knowledge"],

@@ -76,17 +76,17 @@ def test_the_sum_converges_with_steps_on_the_oracle_model(oracle_model, oracle_t
 def test_one_step_at_the_left_end_or_the_wrong_layer_is_not_complete(
     oracle_model, oracle_trace, monkeypatch
 ):
-    whole = gradients._integrated
+    whole = gradients.integrate
 
     def one_up(model, case, path, *rest):
         return whole(model, case, replace(path, layer=min(path.layer + 1, 5)), *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gradients, "_integrated", one_up)
+        patch.setattr(gradients, "integrate", one_up)
         wrong = shortfall(integrated_gradients(oracle_model, oracle_trace, steps=40))
     assert wrong.drop(5, level="layer").abs().min() > 0.01
     first = (torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
-    monkeypatch.setattr(gradients, "_nodes", lambda steps, zero: first)
+    monkeypatch.setattr(gradients, "nodes_of", lambda steps, zero: first)
     assert shortfall(integrated_gradients(oracle_model, oracle_trace)).abs().max() > 0.1
 
 
@@ -106,7 +106,7 @@ def test_from_zero_the_path_begins_at_states_of_zero(oracle_model, oracle_trace)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("zero", [False, True])
 def test_the_nodes_integrate_polynomials_exactly(steps, zero):
-    points, weights = gradients._nodes(steps, zero=zero)
+    points, weights = gradients.nodes_of(steps, zero=zero)
     for power in range(steps if zero else 2 * steps):
         assert (weights * points**power).sum() == pytest.approx(1 / (power + 1))
     above = steps if zero else 2 * steps

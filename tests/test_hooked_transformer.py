@@ -10,10 +10,12 @@ import torch
 from builders import lay_in_cache, save_model
 from conftest import ORACLE
 from test_engines import CUTS, PROMPT, SUBJECT, assert_engines_agree, problem_of
+from test_gradients import relative_gap, shortfall
 
-from factlens import Fact, fingerprint, models, trace
+from factlens import Fact, fingerprint, load_model, models, trace
 from factlens.engines.one_pass import run_one_pass
 from factlens.engines.plain import run_plain
+from factlens.gradients import attribution_patching, integrated_gradients
 
 try:
     from transformer_lens import HookedTransformer
@@ -141,3 +143,34 @@ def test_both_engines_sever_alike_on_processed_weights(build):
     problem = problem_of(model, severed=("both",))
     gap = run_one_pass(model, problem).restored[..., 0] - run_plain(model, problem).restored[..., 0]
     assert gap.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", REPOS)
+def test_gradients_are_complete_and_of_first_order(build, family):
+    model, fact = build(family), Fact(PROMPT, SUBJECT)
+    far = trace(model, fact, samples=2, noise_level=0.05, kinds="state")
+    found = integrated_gradients(model, far, steps=24)
+    total = far.totals()["total_effect"].abs().iloc[0]
+    assert shortfall(found).abs().max() < 0.02 * total + 1e-6
+    near = trace(model, fact, samples=2, noise_level=0.001, window=1)
+    assert (relative_gap(near, attribution_patching(model, near)) < 0.1).all()
+
+
+def test_gradients_are_those_of_the_bridge(build):
+    arrays = np.load(ORACLE / "tracing.npz")
+    both = build("gpt2", folder=ORACLE / "model"), load_model(ORACLE / "model")
+    fact = Fact(str(arrays["c0.prompt"]), str(arrays["c0.subject"]))
+    noise = {"samples": 2, "noise": "rome", "noise_level": float(arrays["noise_level"])}
+    for method in (integrated_gradients, attribution_patching):
+        one, other = (method(model, fact, **noise)["attribution"] for model in both)
+        np.testing.assert_allclose(one, other, atol=1e-5)
+        assert np.abs(one).max() > 0.1
+
+
+def test_gradients_of_processed_and_narrow_weights(build):
+    fact, noise = Fact(PROMPT, SUBJECT), {"samples": 2, "noise_level": 0.05}
+    found = integrated_gradients(build("gpt2", processed=True), fact, steps=24, **noise)
+    assert shortfall(found).abs().max() < 1e-3
+    narrow = build("gpt2").to(torch.bfloat16)
+    for method in (integrated_gradients, attribution_patching):
+        assert method(narrow, fact, **noise)["attribution"].notna().all()

@@ -67,7 +67,8 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """An HTML page that needs nothing else: plotly is inside, once. All text is escaped."""
     environment = Environment(autoescape=True)
     environment.filters["show"], environment.filters["mark"] = _show, _mark
-    drawn, with_plotly = [], True
+    drawn: list[dict] = []
+    with_plotly = True
     for section in sections:
         html = None
         if section.figure is not None:
