@@ -14,12 +14,12 @@ import threading
 import time
 from pathlib import Path
 
-from factlens import averages
+from factlens import averages, parts
 from factlens.executors import InProcess, ModelSource, OnRay
 from factlens.facts import bundled_facts
 
 OPTIONS = {"n": 20, "samples": 2, "variants": "none", "seed": 1}
-averages.CHUNK = 2
+parts.CHUNK = 2
 
 
 def facts():
@@ -31,13 +31,13 @@ def run(executor, out):
     return averages.average(executor, facts(), out=out, **OPTIONS)
 
 
-def parts(out: Path) -> int:
+def finished(out: Path) -> int:
     return len(list(Path(out).glob("parts/*.parquet")))
 
 
 def kill_one(executor: OnRay, out: Path) -> None:
     victim = executor.ray.get(executor.actors[0].pid.remote())
-    while parts(out) < 4:
+    while finished(out) < 4:
         time.sleep(0.01)
     os.kill(victim, signal.SIGKILL)
 

@@ -26,6 +26,7 @@ LAYERS = [
     ["styles"],
     ["summaries"],
     ["averages"],
+    ["parts"],
     ["store", "executors"],
     ["studies"],
     ["claims"],

@@ -24,7 +24,6 @@ from factlens.errors import FactError, OutputError, PlanError, RunError, Workers
 from factlens.executors import InProcess, ModelSource, OnRay
 from factlens.facts import bundled_facts
 from factlens.studies import Chunk, Study, chosen, do_chunk, studies
-from factlens.traces import Trace
 
 HERE = Path(__file__).parent
 PARTS = 20
@@ -71,7 +70,7 @@ def test_a_run_holds_its_facts_in_order_and_equals_tracing_them(atlas, whole):
 def go_on(executor, out, fatal_write=None):
     """One process at the run; with `fatal_write` it kills itself inside that write, half the bytes on the disk."""
     if fatal_write is not None:
-        writes, write = [], Trace.save
+        writes = []
 
         def half_a_file(table, path, *more, **options):
             writes.append(path)
@@ -85,7 +84,6 @@ def go_on(executor, out, fatal_write=None):
 
         written = traces.pq.write_table
         traces.pq.write_table = half_a_file
-        del write
     average_runs.run(executor, out)
     os._exit(0)
 
@@ -97,6 +95,10 @@ def hashes(out):
     }
 
 
+def half_written(out):
+    return {(path.name, path.stat().st_mtime_ns) for path in out.glob("parts/.*.partial")}
+
+
 def test_killed_ten_times_it_ends_with_the_same_rows_and_untouched_parts(atlas, whole, tmp_path):
     """Seven kills at moments drawn over the whole run, three inside a write. Forked, so the model is loaded once."""
     draw, out, context = random.Random(4), tmp_path / "run", multiprocessing.get_context("fork")
@@ -104,8 +106,9 @@ def test_killed_ten_times_it_ends_with_the_same_rows_and_untouched_parts(atlas, 
     plan = [("moment", at) for at in moments]
     for place in (2, 5, 8):
         plan.insert(place, ("write", draw.choice((1, 2))))
-    before, halves = {}, 0
+    before = {}
     for how, at in plan:
+        old = half_written(out)
         arguments = (InProcess(atlas), out, at if how == "write" else None)
         process = context.Process(target=go_on, args=arguments)
         process.start()
@@ -116,15 +119,15 @@ def test_killed_ten_times_it_ends_with_the_same_rows_and_untouched_parts(atlas, 
             process.kill()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL, f"the run ended before it was killed at {at}"
-        halves += len(list(out.glob("parts/.*.partial")))
+        if how == "write":
+            assert half_written(out) - old, "the kill did not come inside a write"
         now = hashes(out)
         assert before.items() <= now.items(), "a finished part was lost or changed"
         before = now
-    assert halves >= 3, "no kill came inside a write"
+    assert half_written(out) == set(), "what was half written is done"
     assert 0 < len(before) < PARTS
     resumed = average_runs.run(InProcess(atlas), out)
     assert before.items() <= hashes(out).items()
-    assert list(out.glob("parts/.*")) == [], "what was half written is gone"
     assert_same_rows(resumed, whole)
 
 
@@ -267,3 +270,68 @@ def test_workers_that_cannot_be_had_are_one_line(monkeypatch):
         OnRay(ModelSource(), 2)
     with pytest.raises(WorkersError, match="at least one"):
         OnRay(ModelSource(), 0)
+
+
+def test_more_workers_than_there_is_room_for_are_refused_not_waited_for(monkeypatch):
+    class NoRay:
+        @staticmethod
+        def is_initialized():
+            return True
+
+        @staticmethod
+        def cluster_resources():
+            return {"CPU": 8.0, "GPU": 1.0}
+
+    monkeypatch.setattr("factlens.executors._ray", lambda: NoRay)
+    with pytest.raises(WorkersError, match="4 workers need a GPU each and Ray has 1"):
+        OnRay(ModelSource(), 4)
+    with pytest.raises(WorkersError, match="9 workers need a CPU each and Ray has 8"):
+        OnRay(ModelSource(device="cpu"), 9)
+    with pytest.raises(WorkersError, match="one device of its own"):
+        OnRay(ModelSource(device="cuda:1"), 2)
+
+
+# -- files that were touched ---------------------------------------------------------------------------
+
+
+def test_parts_of_other_facts_and_damaged_frames_are_not_trusted(atlas, whole, tmp_path):
+    out = tmp_path / "run"
+    average_runs.run(InProcess(atlas), out)
+    parts = sorted(out.glob("parts/*.parquet"))
+    parts[0].write_bytes(parts[1].read_bytes())  # A whole part, of other facts.
+    parts[12].write_bytes(parts[2].read_bytes())  # Of another study.
+    (out / "severed.parquet").write_bytes(b"PAR1")
+    assert_same_rows(average_runs.run(InProcess(atlas), out), whole)
+    frame = out / "frame.parquet"
+    frame.write_bytes(frame.read_bytes()[:100])
+    assert_same_rows(average_runs.run(InProcess(atlas), out), whole)
+    assert len(read_run(out).sessions) == 3
+    (out / "facts.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunError, match="remove it, and the facts are asked again"):
+        average_runs.run(InProcess(atlas), out)
+
+
+def test_a_worker_with_another_model_is_refused(atlas, tmp_path):
+    class Mixed(InProcess):
+        def map(self, work, items):
+            for number, trace in super().map(work, items):
+                trace.info["fingerprint"] = "0" * 64
+                yield number, trace
+
+    with pytest.raises(RunError, match="a worker loaded another model"):
+        average(Mixed(atlas), trace_facts(), out=tmp_path, samples=1, variants="none")
+    assert list(tmp_path.glob("parts/*.parquet")) == []
+
+
+def test_a_run_of_one_fact_ends_in_a_page(atlas, tmp_path):
+    run = average(atlas, trace_facts(), out=tmp_path, n=1, samples=1, variants="none")
+    summary = factlens.Summary(run)
+    assert set(summary.claims["verdict"]) == {"not testable here"}
+    assert "not testable here" in factlens.reports.run_page(summary)
+
+
+def test_a_run_that_corrupts_as_a_study_does_leaves_that_study_out():
+    assert "swap" not in studies(window=3, depth=8, base={"noise": "swap"})
+    assert "half the noise" not in studies(window=3, depth=8, base={"noise": "swap"})
+    assert "half the noise" in studies(window=3, depth=8, base={"noise": "uniform"})
+    assert "uniform" not in studies(window=3, depth=8, base={"noise": "uniform"})

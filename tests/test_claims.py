@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,7 +19,7 @@ ROLES = ("first subject", "middle subject", "last subject", "first after", "last
 
 def invented(
     *, early=0.4, early_layer=3, identity=0.05, mlp=0.3, attn=0.05, late=0.6, late_attn=0.5,
-    cut_mlp=0.3, cut_attn=0.0, seed=0,
+    cut_mlp=0.3, cut_attn=0.0, cut_falls=True, seed=0,
 ):  # fmt: skip
     """A main trace and a severed one with the paper's picture, or with another by the arguments."""
     generator = np.random.default_rng(seed)
@@ -42,7 +44,7 @@ def invented(
                 ):
                     rows.append((fact, kind, 3, "none", layer, position, role, scale * value + e))
                 if role == "last subject":
-                    low = max(0.0, 1 - layer / 4)
+                    low = max(0.0, 1 - layer / 4) if cut_falls else 1.0
                     for kind, cut in (("mlp", cut_mlp), ("attn", cut_attn)):
                         value = scale * (state - cut * low) + noise[0]
                         severed.append((fact, "state", 1, kind, layer, position, role, value))
@@ -74,14 +76,16 @@ def test_the_papers_picture_is_seen_in_full():
         ("early site at the last subject token", {"early": -0.2}, claims.OPPOSITE),
         ("the early site says more than the token's identity", {"identity": 0.6}, claims.OPPOSITE),
         ("the early site says more than the token's identity", {"identity": 0.4}, claims.UNDECIDED),
-        ("the early site is in the middle layers, not at the first", {"early_layer": 0}, claims.OPPOSITE),
+        ("the early site is stronger in the middle layers than at the first", {"early_layer": 0}, claims.OPPOSITE),
         ("MLPs over attention at the early site", {"mlp": 0.05, "attn": 0.3}, claims.OPPOSITE),
         ("MLPs over attention at the early site", {"mlp": 0.1, "attn": 0.1}, claims.UNDECIDED),
         ("late site at the last token", {"late": -0.5}, claims.OPPOSITE),
         ("attention over MLPs at the late site", {"late_attn": 0.0}, claims.OPPOSITE),
         ("severing MLPs takes the effect of low layers", {"cut_mlp": -0.3}, claims.OPPOSITE),
         ("severing MLPs takes the effect of low layers", {"cut_mlp": 0.0}, claims.UNDECIDED),
-        ("no such gap when attention is severed", {"cut_attn": 0.6}, claims.OPPOSITE),
+        ("no similar gap when attention is severed", {"cut_attn": 0.6}, claims.OPPOSITE),
+        ("severing MLPs takes less of upper layers", {"cut_falls": False}, claims.UNDECIDED),
+        ("severing MLPs takes less of upper layers", {"cut_mlp": -0.3}, claims.OPPOSITE),
     ],
 )  # fmt: skip
 def test_another_picture_is_called_by_its_name(claim, changed, expected):
@@ -111,7 +115,7 @@ def test_verdicts_follow_the_rule():
 def test_what_was_not_traced_is_not_testable_and_says_why():
     traces = invented()
     only_states = traces["main"].frame[traces["main"].frame["kind"] == "state"]
-    main = Trace(only_states, *list(vars(traces["main"]).values())[1:])
+    main = replace(traces["main"], frame=only_states)
     table = claims.section_2({"main": main}).set_index("claim")
     row = table.loc["MLPs over attention at the early site"]
     assert row["verdict"] == claims.UNTESTABLE
@@ -136,8 +140,56 @@ def test_tracing_is_compared_with_gradients_by_where_they_point():
     main = invented()["main"]
     flat = main.frame[main.frame["kind"] == "state"].rename(columns={"effect": "attribution"})
     flat["attribution"] = 1.0
-    gradients = Trace(flat, *list(vars(main).values())[1:])
+    gradients = replace(main, frame=flat, info=dict(main.info))
+    for each, samples in ((main, 10), (gradients, 2)):
+        each.info.update(samples=samples, method_samples=samples)
     values, how = claims.over_gradients(main, gradients)
     assert values.mean() > 0.3
     assert "gradients 0.25" in how
     assert claims.concentration(flat, "attribution").iloc[0] == pytest.approx(8 / 32)
+
+
+def test_attentions_own_gap_is_said_whatever_the_verdict():
+    table = claims.section_2(invented(cut_attn=0.1)).set_index("claim")
+    row = table.loc["no similar gap when attention is severed"]
+    assert row["verdict"] == claims.SEEN
+    assert "is not compatible with none" in row["how"]
+    clear = claims.section_2(invented(cut_attn=0.0)).set_index("claim")
+    assert "is compatible with none" in clear.loc[row.name, "how"]
+
+
+def test_a_token_with_two_roles_is_no_rival_of_itself():
+    """Where the token after the subject is the last, or the subject has one token, only the later role counts."""
+    traces = invented()
+    frame = traces["main"].frame
+    adjacent = frame[~frame["role"].isin(["first after", "middle subject", "first subject"])]
+    adjacent = adjacent.assign(position=adjacent["role"].map({"last subject": 0, "last": 1}))
+    with pytest.raises(LookupError, match="no other role"):
+        claims.early_site(claims.grids(replace(traces["main"], frame=adjacent)))
+    doubled = claims.grids(replace(traces["main"], frame=adjacent)).table
+    assert {"first subject", "first after"} <= set(doubled.index.get_level_values("role"))
+    table = claims.section_2({"main": replace(traces["main"], frame=adjacent)}).set_index("claim")
+    assert table.loc["early site at the last subject token", "verdict"] == claims.UNTESTABLE
+
+
+def test_one_fact_is_too_few_and_no_crash():
+    traces = invented()
+    one = replace(traces["main"], frame=traces["main"].frame.query("fact == 0"))
+    cut = replace(traces["severed"], frame=traces["severed"].frame.query("fact == 0"))
+    table = claims.section_2({"main": one, "severed": cut})
+    assert set(table["verdict"]) == {claims.UNTESTABLE}
+    assert table["how"].str.contains("too few|no other role").all()
+
+
+def test_facts_are_paired_by_what_they_are_not_by_their_number():
+    traces = invented()
+    order = np.random.default_rng(1).permutation(FACTS)
+    place = {int(old): new for new, old in enumerate(order)}
+    frame = traces["severed"].frame
+    moved = replace(
+        traces["severed"],
+        frame=frame.assign(fact=frame["fact"].map(place)).sort_values("fact", kind="stable"),
+        facts=tuple(traces["severed"].facts[old] for old in order),
+    )
+    one, other = (claims.gaps(traces["main"], each) for each in (traces["severed"], moved))
+    pd.testing.assert_frame_equal(one, other)

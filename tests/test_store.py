@@ -37,11 +37,15 @@ def test_a_part_that_is_not_there_is_none_and_a_damaged_one_is_set_aside(tmp_pat
     assert store.read(0) is None
     store.write(0, small_trace(0))
     whole = store.part(0).read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"PAR1 nonsense PAR1"):
+    for suffix, damaged in (
+        (".damaged", whole[: len(whole) // 2]),
+        (".damaged1", b""),
+        (".damaged2", b"PAR1 nonsense PAR1"),
+    ):
         store.part(0).write_bytes(damaged)
         assert store.read(0) is None
         assert not store.part(0).exists()
-        assert store.part(0).with_suffix(".damaged").read_bytes() == damaged
+        assert store.part(0).with_suffix(suffix).read_bytes() == damaged
     store.write(0, small_trace(0))
     assert store.read(0) is not None
 
@@ -83,8 +87,22 @@ def test_a_second_process_is_told_and_a_killed_one_leaves_no_lock(tmp_path):
         pass
 
 
-def test_wall_clock_adds_up_over_the_times_it_was_run(tmp_path):
+def test_every_session_is_noted(tmp_path):
     store = open_store(tmp_path, CONFIG, {})
-    store.add_wall_clock(1.24)
-    store.add_wall_clock(2.0)
-    assert store.config()["wall_clock"] == [1.2, 2.0]
+    store.add_session(1.24, {"device": "cpu"})
+    store.add_session(2.0, {"device": "cuda"})
+    sessions = store.config()["sessions"]
+    assert [(each["seconds"], each["device"]) for each in sessions] == [(1.2, "cpu"), (2.0, "cuda")]
+
+
+def test_a_run_that_was_stopped_before_it_had_anything_may_begin_anew(tmp_path):
+    open_store(tmp_path, CONFIG, {})
+    changed = {**CONFIG, "draw": {"n": 11}}
+    assert open_store(tmp_path, changed, {}).config()["config"]["draw"] == {"n": 11}
+
+
+def test_what_cannot_be_opened_is_not_taken_for_damaged(tmp_path):
+    store = open_store(tmp_path, CONFIG, {})
+    store.part(0).mkdir()
+    with pytest.raises(RunError, match="cannot read"):
+        store.read(0)

@@ -1,10 +1,8 @@
 """A thousand facts as one run: asked, traced in every study, kept part by part, put together (ROME, Section 2)."""
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +11,20 @@ import pandas as pd
 
 from factlens import models
 from factlens.corruption import WITHOUT_LEVEL, noise_level
-from factlens.errors import FactError, OutputError, PlanError, RunError
+from factlens.errors import FactError, PlanError, RunError
 from factlens.executors import Executor, InProcess
 from factlens.facts import COLUMNS, Fact, bundled_facts
 from factlens.files import written_whole
 from factlens.fingerprints import provenance
 from factlens.knowledge import RULES, Knowledge, ask
 from factlens.models import Model
+from factlens.parts import RunProgress, cut, digest, do_missing, file_of, put_together
 from factlens.store import Store, existing_store, locked, open_store
-from factlens.studies import Chunk, Study, chosen, do_chunk, studies
-from factlens.traces import Trace, concat
+from factlens.studies import chosen, studies
+from factlens.traces import Trace
 
-CHUNK = 8
-"""Facts in a part."""
 PART = 100
 """Facts of each study that does not take all."""
-
-RunProgress = Callable[[int, int, str], None]
-"""Told (parts done, parts in all, the study at work)."""
 
 
 def _no_progress(done: int, total: int, study: str) -> None:
@@ -50,8 +44,13 @@ class Run:
     """The facts asked: `prompt, subject, object, relation, id, known, reason, tokens, chosen`."""
     traces: Mapping[str, Trace]
     """By study; "main" first. The methods that are no tracing have `attribution` instead of `effect`."""
-    wall_clock: Sequence[float]
-    """Seconds of each time the command was run."""
+    sessions: Sequence[Mapping[str, Any]]
+    """Each time the command was run: `seconds`, `device`, `versions`. A killed one could not say so."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock of all sessions."""
+        return sum(float(session["seconds"]) for session in self.sessions)
 
     @property
     def main(self) -> Trace:
@@ -128,18 +127,27 @@ def average(
         plan = chosen(variants, every)
         config = {
             "model": {key: found["about"][key] for key in ("model", "fingerprint", "dtype")},
-            "facts": {"asked": len(wanted), "sha256": _digest(wanted)},
-            "draw": {"n": n, "part": part, "known": known, "chunk": CHUNK},
+            "facts": {"asked": len(wanted), "sha256": digest(wanted)},
+            "draw": {"n": n, "part": part, "known": known},
             "trace": {**base, "noise_source": found["noise_source"]},
             "studies": {study.name: {"method": study.method, **study.options} for study in plan},
         }
         store = open_store(out, config, {**found["about"], "bad_rows": list(bad_rows)})
-        table = _knowledge(store, executor, wanted, n, seed, (known, prepend_bos))
-        worked = _do(store, executor, _chunks(plan, table, part, base), progress)
-        _put_together(store, plan, table, part)
-        if worked:
-            store.add_wall_clock(time.perf_counter() - begun)
-    return read_run(out)
+        try:
+            table = _knowledge(store, executor, wanted, n, seed, (known, prepend_bos))
+            facts, lengths = _drawn(table)
+            chunks = cut(plan, facts, lengths, part, base)
+            worked = do_missing(store, executor, chunks, found["about"]["fingerprint"], progress)
+            put_together(store, chunks, config["trace"], again=worked)
+        finally:
+            versions = {key: found["about"][key] for key in ("device", "python", "versions")}
+            store.add_session(time.perf_counter() - begun, versions)
+    run = read_run(out)
+    if not len(run.main):
+        raise FactError(
+            f"none of {len(facts)} known facts could be traced; the first: {run.main.skipped[0][1]}"
+        )
+    return run
 
 
 def read_run(folder: str | Path) -> Run:
@@ -151,7 +159,7 @@ def read_run(folder: str | Path) -> Run:
     """
     store = existing_store(folder)
     content = store.config()
-    paths = {name: store.folder / _file(name) for name in content["config"]["studies"]}
+    paths = {name: store.folder / file_of(name) for name in content["config"]["studies"]}
     if missing := [name for name, path in paths.items() if not path.exists()]:
         raise RunError(
             f"the run in {folder} is not finished ({', '.join(missing)} to come); the command that began it goes on"
@@ -162,7 +170,7 @@ def read_run(folder: str | Path) -> Run:
         about=content["about"],
         knowledge=_read_knowledge(store),
         traces={name: Trace.load(path) for name, path in paths.items()},
-        wall_clock=content["wall_clock"],
+        sessions=content["sessions"],
     )
 
 
@@ -172,10 +180,6 @@ def _bundled() -> list[Fact]:
 
 def _subjects(facts: Sequence[Fact]) -> list[str]:
     return [fact.subject for fact in facts]
-
-
-def _digest(facts: Sequence[Fact]) -> str:
-    return hashlib.sha256(json.dumps([asdict(fact) for fact in facts]).encode()).hexdigest()
 
 
 def _describe(model: Model, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,102 +242,12 @@ def _read_knowledge(store: Store) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         line = str(error).split("\n")[0][:120]
         raise RunError(
-            f"cannot read {path} ({line}); remove it to have the facts asked again"
+            f"cannot read {path} ({line}); remove it, and the facts are asked again"
         ) from None
 
 
-def _facts(table: pd.DataFrame) -> list[Fact]:
-    """The facts to trace, in the order of the draw."""
+def _drawn(table: pd.DataFrame) -> tuple[list[Fact], list[int]]:
+    """The facts to trace, in the order of the draw, and the lengths of their prompts."""
     rows = table[table["chosen"] >= 0].sort_values("chosen")
     cells = rows[list(COLUMNS)].astype(object).where(rows[list(COLUMNS)].notna(), None)
-    return [Fact(*row) for row in cells.itertuples(index=False)]
-
-
-# -- the work --------------------------------------------------------------------------------------
-
-
-def _chunks(
-    plan: Sequence[Study], table: pd.DataFrame, part: int, base: Mapping[str, Any]
-) -> list[Chunk]:
-    """Every part of the run. Facts of one length stand together, since they share passes."""
-    facts = _facts(table)
-    lengths = table[table["chosen"] >= 0].sort_values("chosen")["tokens"].to_numpy()
-    made = []
-    for study in plan:
-        count = len(facts) if study.whole else min(part, len(facts))
-        order = np.argsort(lengths[:count], kind="stable").tolist()
-        for begin in range(0, count, CHUNK):
-            numbers = tuple(order[begin : begin + CHUNK])
-            made.append(Chunk(study, numbers, tuple(facts[n] for n in numbers), base))
-    return made
-
-
-def _do(store: Store, executor: Executor, chunks: Sequence[Chunk], progress: RunProgress) -> bool:
-    """Do what is not done, and keep each part when it is finished; whether there was anything to do."""
-    todo = [number for number in range(len(chunks)) if store.read(number) is None]
-    done = len(chunks) - len(todo)
-    if todo:
-        progress(done, len(chunks), chunks[todo[0]].study.name)
-    for place, trace in executor.map(do_chunk, [chunks[number] for number in todo]):
-        store.write(todo[place], trace)
-        done += 1
-        progress(done, len(chunks), chunks[todo[place]].study.name)
-    return bool(todo)
-
-
-def _file(study: str) -> str:
-    return "frame.parquet" if study == "main" else f"{study.replace(' ', '-')}.parquet"
-
-
-def _put_together(store: Store, plan: Sequence[Study], table: pd.DataFrame, part: int) -> None:
-    """One file for each study, facts in the order of the draw, whatever order they were done in."""
-    at = 0
-    for study in plan:
-        count = int((table["chosen"] >= 0).sum())
-        count = count if study.whole else min(part, count)
-        numbers = range(at, at := at + -(-count // CHUNK))
-        if (path := store.folder / _file(study.name)).exists():
-            continue
-        parts = []
-        for number in numbers:
-            found = store.read(number)
-            if found is None:
-                raise OutputError(
-                    f"{store.part(number)} cannot be read back; run the same command again"
-                )
-            parts.append(found)
-        _in_order(parts).save(path)
-
-
-def _in_order(parts: Sequence[Trace]) -> Trace:
-    """All parts as one trace, by the facts' numbers in the run."""
-    filled = [each for each in parts if len(each)]
-    skipped = tuple(skip for each in parts for skip in each.skipped)
-    if not filled:
-        return replace(parts[0], skipped=skipped)
-    whole = concat(filled)
-    numbers = [number for each in filled for number in each.info["numbers"]]
-    order = np.argsort(numbers).tolist()
-    place = {old: new for new, old in enumerate(order)}
-    frame = whole.frame.assign(fact=whole.frame["fact"].map(place))
-    engines = {each.info["engine"] for each in filled}
-    reasons = [each.info["fallback_reason"] for each in filled if each.info["fallback_reason"]]
-    info = {
-        **whole.info,
-        "numbers": sorted(numbers),
-        "engine": engines.pop() if len(engines) == 1 else "mixed",
-        "prefix_reuse": all(each.info["prefix_reuse"] for each in filled),
-        "fallback_reason": reasons[0] if reasons else None,
-        "samples": max(each.info["samples"] for each in filled),
-        "seconds": round(sum(each.info["seconds"] for each in filled), 3),
-    }
-    return replace(
-        whole,
-        frame=frame.sort_values("fact", kind="stable", ignore_index=True),
-        facts=tuple(whole.facts[old] for old in order),
-        answers=tuple(whole.answers[old] for old in order),
-        subjects=tuple(whole.subjects[old] for old in order),
-        lengths=tuple(whole.lengths[old] for old in order),
-        info=info,
-        skipped=skipped,
-    )
+    return [Fact(*row) for row in cells.itertuples(index=False)], rows["tokens"].tolist()

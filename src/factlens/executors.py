@@ -95,11 +95,18 @@ class OnRay:
     def __init__(self, source: ModelSource, workers: int = 2, address: str | None = None) -> None:
         if workers < 1:
             raise WorkersError(f"at least one worker is needed, not {workers}")
+        if source.device_map is not None or ":" in (source.device or ""):
+            raise WorkersError(
+                f"each worker has one device of its own; device {source.device!r} and device_map {source.device_map!r} "
+                "are for a single process (workers=1)"
+            )
         self.source = source
+        self.actors: list[Any] = []
         self.ray = _ray()
         self._owned = not self.ray.is_initialized()
         if self._owned:
             _start(self.ray, workers, address)
+        self._check_room(workers)
         self.actors = [self._new() for _ in range(workers)]
 
     def call(self, work: Work, item: Any) -> Any:
@@ -121,26 +128,44 @@ class OnRay:
             idle.append(actor)
             try:
                 yield number, self._result(finished)
-            except self.ray.exceptions.RayActorError as error:
+            except self.ray.exceptions.RayError as error:
                 if attempts[number] == ATTEMPTS:
-                    line = str(error).strip().split("\n")[0][:200]
+                    line = str(error).strip().split("\n")[-1][:200]
                     raise WorkersError(
-                        f"chunk {number} lost its worker {ATTEMPTS} times ({line}); what was finished is kept. "
-                        "Too little memory? Use fewer workers"
+                        f"a part lost its worker {ATTEMPTS} times ({line}); what was finished is kept. Is there memory "
+                        "for a model in each worker, and is factlens installed where they run?"
                     ) from None
                 self.actors[actor] = self._new()
                 waiting.appendleft(number)
 
     def _result(self, finished: Any) -> Any:
+        """What the work returned; its own errors as they are, a lost worker as a `RayError`."""
         try:
             return self.ray.get(finished)
         except self.ray.exceptions.RayTaskError as error:
-            cause = error.cause if hasattr(error, "cause") else None
-            raise (cause if isinstance(cause, FactlensError) else error) from None
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, FactlensError):
+                raise cause from None
+            line = str(error).strip().split("\n")[-1][:200]
+            raise WorkersError(f"a worker failed: {line}; what was finished is kept") from error
+
+    def _check_room(self, workers: int) -> None:
+        """Refuse more workers than the cluster can ever start: they would be waited for without end."""
+        there = self.ray.cluster_resources()
+        kind = "GPU" if self._gpus() else "CPU"
+        if workers > (room := int(there.get(kind, 0))):
+            self.close()
+            raise WorkersError(
+                f"{workers} workers need a {kind} each and Ray has {room}; use --workers {max(1, room)}"
+                + (", or --device cpu" if kind == "GPU" else "")
+            )
+
+    def _gpus(self) -> int:
+        return int(self.source.device != "cpu" and self.ray.cluster_resources().get("GPU", 0) > 0)
 
     def _new(self) -> Any:
-        gpus = 1 if self.source.device != "cpu" and self.ray.cluster_resources().get("GPU") else 0
-        return self.ray.remote(_Worker).options(num_cpus=1, num_gpus=gpus).remote(self.source)
+        options = {"num_cpus": 1, "num_gpus": self._gpus()}
+        return self.ray.remote(_Worker).options(**options).remote(self.source)
 
     def close(self) -> None:
         """Let the workers go, and the cluster if it was started here."""

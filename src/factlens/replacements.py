@@ -51,10 +51,14 @@ def _names_of(model: Model, spaced: bool) -> Names:
     known = _names.setdefault(model, {})
     if spaced not in known:
         names, tokenizer = Names(), models.tokenizer(model)
+        # As a name goes on a sentence: some tokenizers mark the start of a text as a word's, a space before it or not.
+        lead = "a" if spaced else ""
+        ahead = len(tokenizer(lead, add_special_tokens=False)["input_ids"]) if lead else 0
         for fact in bundled_facts("held", one_per_fact=True):
             if fact.subject not in names.ids:
-                form = f" {fact.subject}" if spaced else fact.subject
-                names.ids[fact.subject] = tokenizer(form, add_special_tokens=False)["input_ids"]
+                form = f"{lead} {fact.subject}" if spaced else fact.subject
+                ids = tokenizer(form, add_special_tokens=False)["input_ids"]
+                names.ids[fact.subject] = ids[ahead:]
             names.objects[fact.relation or "", fact.subject].add(str(fact.object))
         known[spaced] = names
     return known[spaced]
@@ -88,7 +92,7 @@ def swap(
         FactError: no bundled subject has as many tokens.
     """
     tokens = subject[1] - subject[0]
-    names = _names_of(model, spaced=subject[0] > 0)
+    names = _names_of(model, spaced=not fact.prompt.startswith(fact.subject))
     alike = names.alike(fact, tokens)
     if not alike:
         raise FactError(

@@ -134,7 +134,8 @@ def run_page(summary: Summary) -> str:
     run, total = summary.run, summary.ate.iloc[0]
     model, count = run.main.info["model"], len(run.main)
     lead = (
-        f"{count} facts that {model} knows, of {len(run.knowledge)} asked: p(answer) {total['clean']:.3f} clean, "
+        f"{count} facts, of {int(run.knowledge['known'].sum())} that {model} knows and {len(run.knowledge)} asked: "
+        f"p(answer) {total['clean']:.3f} clean, "
         f"{total['corrupted']:.3f} with the subject corrupted, average total effect {total['ate']:.4f} "
         f"({total['low']:.4f} to {total['high']:.4f}). Layers count from 0. Effects are averaged over a fact's noise "
         "draws and tokens first; intervals are 95 %, over facts."
@@ -144,8 +145,9 @@ def run_page(summary: Summary) -> str:
         Section(
             "The claims of Section 2",
             "A paired difference within facts, positive where the paper is right. Seen: its 95 % bootstrap interval lies "
-            "wholly above zero; opposite: wholly below; else undecided. Peaks are chosen on one half of the facts and "
-            "measured on the other.",
+            "wholly above zero; opposite: wholly below; else undecided; fewer than 50 facts are not judged. Peaks are "
+            "chosen on one half of the facts and measured on the other. Intervals are of each claim by itself: of twenty "
+            "that are false one may look true.",
             table=summary.claims,
         ),
         Section(
@@ -187,8 +189,9 @@ def _gradients(summary: Summary) -> list[Section]:
     if summary.gradients.empty:
         return []
     note = (
-        "Spearman's rank correlation with the exact effects over the cells of each fact, averaged over facts; seconds for "
-        "a fact, and those of tracing it exactly."
+        "Spearman's rank correlation with the exact effects over the cells of each fact, averaged over facts, and what "
+        f"the time covers. Exact tracing of three kinds with {summary.run.main.info['samples']} samples took "
+        f"{summary.run.main.info['seconds'] / len(summary.run.main):.2f} s a fact."
     )
     made = [Section("Gradients beside tracing (Figure 16)", note, table=summary.gradients)]
     for name in summary.gradients["method"].unique():
@@ -217,8 +220,11 @@ def _how(summary: Summary) -> list[Section]:
         for name, trace in run.traces.items()
         for prompt, reason in trace.skipped
     ]
-    wall = " + ".join(f"{each:.0f}" for each in run.wall_clock) or "0"
-    note = f"Wall-clock {sum(run.wall_clock):.0f} s ({wall}), by the times the command was run to its end."
+    wall = " + ".join(f"{session['seconds']:.0f}" for session in run.sessions)
+    note = (
+        f"Wall-clock {run.seconds:.0f} s ({wall}), by the times the command was run; one that was killed could not say. "
+        f"On {', '.join(sorted({str(session['device']) for session in run.sessions}))}."
+    )
     made = [
         Section("Time", note, table=seconds),
         Section("Facts that were not traced", table=summary.skipped),

@@ -39,15 +39,23 @@ class Store:
         return self.folder / _PARTS / f"part-{number:05d}.parquet"
 
     def read(self, number: int) -> Trace | None:
-        """A finished part; None if there is none. A damaged one is renamed `.damaged`, and then there is none."""
+        """A finished part; None if there is none. A damaged one is renamed `.damaged`, and then there is none.
+
+        Raises:
+            RunError: it is there and cannot be opened, which says nothing against what it holds.
+        """
         path = self.part(number)
-        if not path.exists():
+        try:
+            path.read_bytes()
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}") from None
         try:
             return Trace.load(path)
         except TraceFileError:
-            with contextlib.suppress(OSError):
-                path.replace(path.with_suffix(".damaged"))
+            set_aside = [path.with_suffix(f".damaged{n or ''}") for n in range(100)]
+            path.replace(next(name for name in set_aside if not name.exists()))
             return None
 
     def write(self, number: int, trace: Trace) -> None:
@@ -59,14 +67,14 @@ class Store:
         trace.save(self.part(number))
 
     def config(self) -> dict[str, Any]:
-        """What `run.yaml` says: `config`, `about` and `wall_clock`, the seconds of each time it was run."""
+        """What `run.yaml` says: `config`, `about`, and `sessions`, the times it was run."""
         return _read(self.folder)
 
-    def add_wall_clock(self, seconds: float) -> None:
-        """Note how long this time took."""
+    def add_session(self, seconds: float, about: Mapping[str, Any]) -> None:
+        """Note how long this time took, and on what."""
         content = self.config()
-        content["wall_clock"] = [*content.get("wall_clock", []), round(seconds, 1)]
-        _write(self.folder, content)
+        session = {"seconds": round(seconds, 1), **_plain(about)}
+        _write(self.folder, {**content, "sessions": [*content["sessions"], session]})
 
 
 def open_store(folder: str | Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> Store:
@@ -83,6 +91,10 @@ def open_store(folder: str | Path, config: Mapping[str, Any], about: Mapping[str
     folder, wanted = Path(folder), _plain(config)
     if (folder / _RUN).exists():
         found = _read(folder)
+        if not any(folder.glob("*.parquet")) and not any((folder / _PARTS).glob("*.parquet")):
+            # Stopped before anything was known: nothing to protect.
+            _write(folder, {**found, "config": wanted, "about": _plain(about)})
+            return Store(folder)
         if differences := _differences(found["config"], wanted):
             raise RunError(
                 f"{folder} was begun with another configuration: {'; '.join(differences)}. Use another "
@@ -95,7 +107,7 @@ def open_store(folder: str | Path, config: Mapping[str, Any], about: Mapping[str
         (folder / _PARTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from None
-    _write(folder, {"format": FORMAT, "config": wanted, "about": _plain(about), "wall_clock": []})
+    _write(folder, {"format": FORMAT, "config": wanted, "about": _plain(about), "sessions": []})
     return Store(folder)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from factlens.corruption import WITHOUT_LEVEL
 from factlens.errors import NothingTraced, PlanError
 from factlens.facts import Fact
 from factlens.gradients import attribution_patching, integrated_gradients
@@ -18,9 +19,10 @@ from factlens.plans import KINDS
 from factlens.traces import Trace
 from factlens.tracing import trace
 
-METHODS = ("trace", "integrated gradients", "attribution patching")
+GRADIENTS = ("integrated gradients", "attribution patching")
+"""Studies that are no tracing, and their methods."""
 WIDTHS = (1, 3, 5, 10)
-SITES = ("last subject", "last")
+TWO_SITES = ("last subject", "last")
 """The roles of the paper's two sites."""
 
 
@@ -50,7 +52,7 @@ def studies(*, window: int, depth: int, base: Mapping[str, Any]) -> dict[str, St
     """
     widths = [width for width in WIDTHS if width != window and width < depth]
     cuts = {"kinds": ["state"], "severed": ["mlp", "attn"], "roles": ["last subject"]}
-    fewer = {"kinds": ["mlp", "attn"], "window": widths, "roles": list(SITES)}
+    fewer = {"kinds": ["mlp", "attn"], "window": widths, "roles": list(TWO_SITES)}
     made = [
         Study(
             name="main",
@@ -105,7 +107,14 @@ def studies(*, window: int, depth: int, base: Mapping[str, Any]) -> dict[str, St
     ]
     if widths:
         made.append(Study(name="widths", about=f"windows of {widths} layers", options=fewer))
-    return {study.name: study for study in made}
+    return {study.name: study for study in made if not _repeats(study, base)}
+
+
+def _repeats(study: Study, base: Mapping[str, Any]) -> bool:
+    """Whether a study would be `main` once more, since the run itself corrupts as it does."""
+    noise = base.get("noise", "gaussian")
+    leveled = "noise_level" in study.options and noise.split(":")[0] in WITHOUT_LEVEL
+    return leveled or study.options.get("noise") == noise
 
 
 def _level(base: Mapping[str, Any], factor: float) -> dict[str, Any]:
@@ -167,10 +176,14 @@ def _attributed(model: Model, chunk: Chunk, options: Mapping[str, Any]) -> Trace
     """Gradients for the facts of a chunk, from the very noise that tracing them uses."""
     base = {**chunk.base, "kinds": "state", "roles": "last subject"}
     traced = trace(model, chunk.facts, **base)
+    samples = min(options.get("samples") or traced.info["samples"], traced.info["samples"])
     if chunk.study.method == "integrated gradients":
-        samples = min(options["samples"], traced.info["samples"])
         frame = integrated_gradients(model, traced, steps=options["steps"], samples=samples)
     else:
         frame = attribution_patching(model, traced, kinds=KINDS, window=options.get("window"))
-    about = {"method": chunk.study.method, "seconds": frame.attrs.pop("seconds")}
+    about = {
+        "method": chunk.study.method,
+        "method_samples": samples,
+        "seconds": frame.attrs.pop("seconds"),
+    }
     return replace(traced, frame=frame, info={**traced.info, **about})

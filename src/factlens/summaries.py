@@ -1,7 +1,7 @@
 """A run in numbers: every table and averaged frame that its report shows, computed once, without a model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,7 @@ from factlens.effects import average_effects, average_total_effects
 from factlens.gradients import rank_correlation
 from factlens.patches import EMBEDDING
 from factlens.peaks import elsewhere, peak_table, peaks
-from factlens.studies import NOISE_RULES
+from factlens.studies import GRADIENTS, NOISE_RULES
 from factlens.traces import Trace
 
 PAPER = {
@@ -28,7 +28,6 @@ PAPER = {
 """GPT-2 XL, 1 000 facts (ROME, Section 2.2 and Appendix B)."""
 INTERVAL = "bootstrap"
 """Effects are skewed, and of a hundred facts Student's t falls short (README)."""
-METHODS = ("integrated gradients", "attribution patching")
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,9 @@ class Summary:
         if "logprob" in main.info["metrics"]:
             tables.append(peak_table({"main": main}, metric="logprob", interval=INTERVAL))
         for name, trace in self._traced().items():
+            if trace.info["effect"] == "direct":
+                # The largest direct effect is where least is lost: shown is what holding a part takes away.
+                name, trace = f"{name}: taken away", _taken_away(trace)
             tables += [
                 peak_table({name: trace}, metric=each, interval=INTERVAL)
                 for each in trace.info["metrics"]
@@ -133,16 +135,19 @@ class Summary:
 
     @cached_property
     def gradients(self) -> pd.DataFrame:
-        """Rank correlation of each gradient method with the exact effects, and its time against tracing's."""
+        """Rank correlation of each gradient method with the exact effects, its time, and what that time covers."""
         rows = []
-        for name in METHODS:
+        for name in GRADIENTS:
             if not self._has(name):
                 continue
             exact, attributed = self._paired(name)
             table = rank_correlation(exact.frame, attributed.frame)
-            slow = self.run.main.info["seconds"] / len(self.run.main)
-            fast = attributed.info["seconds"] / len(attributed)
-            rows.append(table.assign(method=name, seconds_a_fact=fast, tracing_seconds=slow))
+            options = self.run.config["studies"][name]
+            steps = f", {options['steps']} steps" if "steps" in options else ""
+            kinds = ", ".join(dict.fromkeys(attributed.frame["kind"]))
+            covers = f"{kinds}: {attributed.info['method_samples']} samples{steps}"
+            seconds = attributed.info["seconds"] / len(attributed)
+            rows.append(table.assign(method=name, seconds_a_fact=seconds, covers=covers))
         if not rows:
             return pd.DataFrame()
         table = pd.concat(rows, ignore_index=True)
@@ -152,7 +157,8 @@ class Summary:
         """Exact effects and attributions of one method, cell by cell: `effect, attribution` and the cells' columns."""
         exact, attributed = self._paired(method)
         keys = ["fact", "kind", "window", "severed", "layer", "position"]
-        kept = exact.frame[~exact.frame["role"].isin(["before subject"])]
+        there = exact.frame["layer"] != EMBEDDING
+        kept = exact.frame[there & (exact.frame["role"] != "before subject")]
         return kept.merge(attributed.frame[[*keys, "attribution"]], on=keys)
 
     @cached_property
@@ -163,6 +169,8 @@ class Summary:
         rows = list(reasons.value_counts().items())
         if unused := int((table["known"].astype(bool) & (table["chosen"] < 0)).sum()):
             rows.append(("known, and not drawn", unused))
+        if skipped := len(self.run.main.skipped):
+            rows.append(("known, and not to be traced", skipped))
         if bad := len(self.run.about.get("bad_rows", [])):
             rows.append(("row of the fact file that cannot be used", bad))
         return pd.DataFrame(rows, columns=["reason", "facts"])
@@ -172,7 +180,7 @@ class Summary:
 
     def _traced(self) -> dict[str, Trace]:
         """The studies that are traces of whole prompts, other than the main one."""
-        left_out = ("main", "severed", *METHODS)
+        left_out = ("main", "severed", *GRADIENTS)
         return {name: t for name, t in self.run.traces.items() if name not in left_out and len(t)}
 
     def _paired(self, method: str) -> tuple[Trace, Trace]:
@@ -192,3 +200,11 @@ class Summary:
             attributed.lengths,
             self.run.main.info,
         ), attributed
+
+
+def _taken_away(trace: Trace) -> Trace:
+    """A trace of direct effects turned round: what is lost of the total effect when a part is held corrupted."""
+    frame = trace.frame
+    lost = frame["prob_corrupted"] + frame["prob_clean"] - frame["prob_restored"]
+    effect = frame["prob_clean"] - frame["prob_restored"]
+    return replace(trace, frame=frame.assign(prob_restored=lost, effect=effect))

@@ -93,7 +93,8 @@ def show_run(summary: Summary) -> None:
     """The terminal summary of a run: total effect, the claims and their verdicts, time."""
     run, total = summary.run, summary.ate.iloc[0]
     line = (
-        f"{run.main.info['model']}: {len(run.main)} known facts of {len(run.knowledge)} asked; clean "
+        f"{run.main.info['model']}: {len(run.main)} facts of {int(run.knowledge['known'].sum())} known, "
+        f"of {len(run.knowledge)} asked; clean "
         f"{total['clean']:.3f}, corrupted {total['corrupted']:.3f}, average total effect {total['ate']:.4f} "
         f"({total['low']:.4f} to {total['high']:.4f})"
     )
@@ -106,7 +107,7 @@ def show_run(summary: Summary) -> None:
     info = run.main.info
     console().print(
         f"{info['engine']} engine, {info['samples']} samples, noise level {info['noise_level']:.4f} "
-        f"({info['noise_source']}), {sum(run.wall_clock):.0f} s in all. Not traced: {skipped or 'none'}",
+        f"({info['noise_source']}), {run.seconds:.0f} s in all. Not traced: {skipped or 'none'}",
         style="dim",
         soft_wrap=True,
         markup=False,
