@@ -314,9 +314,9 @@ def test_parts_of_other_facts_and_damaged_frames_are_not_trusted(atlas, whole, t
 def test_a_worker_with_another_model_is_refused(atlas, tmp_path):
     class Mixed(InProcess):
         def map(self, work, items):
-            for number, trace in super().map(work, items):
-                trace.info["fingerprint"] = "0" * 64
-                yield number, trace
+            for number, found in super().map(work, items):
+                found.info["fingerprint"] = "0" * 64
+                yield number, found
 
     with pytest.raises(RunError, match="a worker loaded another model"):
         average(Mixed(atlas), trace_facts(), out=tmp_path, samples=1, variants="none")
