@@ -5,12 +5,13 @@ python -m factlens.scaling growth        # seconds and FLOPs against T, L, S and
 python -m factlens.scaling plan          # GPT-2 XL, GPT-J and NeoX-20B, a thousand facts, from FLOPs and a rate
 """
 
+import contextlib
+import ctypes
 import math
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,7 +97,7 @@ def invented_problems(
     return made
 
 
-@contextmanager
+@contextlib.contextmanager
 def peak_memory() -> Iterator[Callable[[], float]]:
     """The most memory that a `with` block took above what was taken before, in bytes."""
     if torch.cuda.is_available():
@@ -105,6 +106,10 @@ def peak_memory() -> Iterator[Callable[[], float]]:
         yield lambda: float(torch.cuda.max_memory_allocated() - before)
         return
     process = psutil.Process()
+    with contextlib.suppress(OSError, AttributeError):  # Elsewhere than on glibc.
+        ctypes.CDLL("libc.so.6").malloc_trim(
+            0
+        )  # What was freed and not given back would hide what is taken.
     before, highest, ended = process.memory_info().rss, [0], threading.Event()
 
     def watch() -> None:
@@ -264,14 +269,12 @@ def _point(name: str, numbers: dict[str, int], rounds: int, place: str) -> dict[
     hf_model = GPT2LMHeadModel(config).to(place)
     model = models.wrap_model(hf_model, models.tokenizer(models.load_model(device="cpu")), name)
     (task,) = invented_problems(model, 1, numbers["T"], numbers["S"], KINDS)
-    run_together(model, [task])
     with peak_memory() as peak:
-        seconds = statistics.median(
-            timed(lambda: run_together(model, [task])) for _ in range(rounds)
-        )
+        run_together(model, [task])
         taken = peak()
+    seconds = statistics.median(timed(lambda: run_together(model, [task])) for _ in range(rounds))
     flops = needed_flops(models.cfg(model), task.cells, (2, 5), numbers["T"], numbers["S"])
-    share = flops / matrix_rate(model) / seconds
+    share = flops / statistics.median(matrix_rate(model) for _ in range(3)) / seconds
     value = numbers[name]
     return {"grows": name, "value": value, "seconds": seconds, "flops": flops, "share": share, "bytes": taken}  # fmt: skip
 
