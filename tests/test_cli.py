@@ -253,7 +253,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(run, tmp_path, capitals, monk
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("factlens.averages.do_chunk", interrupted)
+        patch.setattr("factlens.parts.do_chunk", interrupted)
         told = run("average", "--facts", capitals, "--out", out, *QUICK, code=130).output
     assert "interrupted; the same command goes on from" in told
     run("average", "--facts", capitals, "--out", out, *QUICK)
