@@ -613,7 +613,9 @@ def covered(low, high, true: float) -> float:
 def coverage(name: str, n: int, interval: str) -> float:
     values, true = drawn_sets(name, n)
     found = intervals.estimates(values, interval, 2000, 0)
-    return covered(found["low"], found["high"], true)
+    share = covered(found["low"], found["high"], true)
+    print(f"{name}, n = {n}, {interval}: {share:.1%} of {len(values)} sets")  # pytest -s shows it.
+    return share
 
 
 def test_the_simulated_effects_are_skewed_as_the_real_ones_are(traced):

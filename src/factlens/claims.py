@@ -139,9 +139,8 @@ def early_site(of: Grids) -> Compared:
 def beyond_identity(of: Grids) -> Compared:
     """The early site's peak above what the token's embedding gives back by itself."""
     own = of.blocks("state", "last subject")
-    return peak(own) - of.of("state", "last subject")[
-        EMBEDDING
-    ], f"layer {peak_layers(own)} minus emb"
+    embedding = of.of("state", "last subject")[EMBEDDING]
+    return peak(own) - embedding, f"layer {peak_layers(own)} minus emb"
 
 
 def in_the_middle(of: Grids) -> Compared:

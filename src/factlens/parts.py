@@ -14,7 +14,7 @@ from factlens.executors import Executor
 from factlens.facts import Fact
 from factlens.store import Store
 from factlens.studies import Chunk, Study, do_chunk
-from factlens.traces import Trace, concat
+from factlens.traces import Trace, common_info, concat
 
 CHUNK = 8
 """Facts in a part."""
@@ -140,15 +140,10 @@ def _in_order(parts: Sequence[Trace]) -> Trace:
     order = np.argsort(numbers).tolist()
     place = {old: new for new, old in enumerate(order)}
     frame = whole.frame.assign(fact=whole.frame["fact"].map(place))
-    engines = {each.info["engine"] for each in filled}
-    reasons = [each.info["fallback_reason"] for each in filled if each.info["fallback_reason"]]
     info = {
         **{key: value for key, value in whole.info.items() if key != "chunk"},
         "numbers": sorted(numbers),
-        "engine": engines.pop() if len(engines) == 1 else "mixed",
-        "prefix_reuse": all(each.info["prefix_reuse"] for each in filled),
-        "fallback_reason": reasons[0] if reasons else None,
-        "samples": max(each.info["samples"] for each in filled),
+        **common_info(filled),
         "seconds": round(sum(each.info["seconds"] for each in filled), 3),
     }
     return replace(

@@ -27,7 +27,7 @@ PAPER = {
 }
 """GPT-2 XL, 1 000 facts (ROME, Section 2.2 and Appendix B)."""
 INTERVAL = "bootstrap"
-"""Effects are skewed, and of a hundred facts Student's t falls short (README)."""
+"""Effects are skewed, and of a hundred facts Student's t falls short (`docs/average-effects.md`)."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Summary:
             if not self._has(name):
                 continue
             exact, attributed = self._paired(name)
-            table = rank_correlation(exact.frame, attributed.frame)
+            table = rank_correlation(exact, attributed.frame)
             options = self.run.config["studies"][name]
             steps = f", {options['steps']} steps" if "steps" in options else ""
             kinds = ", ".join(dict.fromkeys(attributed.frame["kind"]))
@@ -157,8 +157,7 @@ class Summary:
         """Exact effects and attributions of one method, cell by cell: `effect, attribution` and the cells' columns."""
         exact, attributed = self._paired(method)
         keys = ["fact", "kind", "window", "severed", "layer", "position"]
-        there = exact.frame["layer"] != EMBEDDING
-        kept = exact.frame[there & (exact.frame["role"] != "before subject")]
+        kept = exact[(exact["layer"] != EMBEDDING) & (exact["role"] != "before subject")]
         return kept.merge(attributed.frame[[*keys, "attribution"]], on=keys)
 
     @cached_property
@@ -183,23 +182,16 @@ class Summary:
         left_out = ("main", "severed", *GRADIENTS)
         return {name: t for name, t in self.run.traces.items() if name not in left_out and len(t)}
 
-    def _paired(self, method: str) -> tuple[Trace, Trace]:
-        """The main trace's facts that `method` has too, numbered as it numbers them."""
+    def _paired(self, method: str) -> tuple[pd.DataFrame, Trace]:
+        """The main frame's facts that `method` has too, numbered as it numbers them, and what `method` found."""
         attributed = self.run.traces[method]
         number = {fact: at for at, fact in enumerate(self.run.main.facts)}
         theirs: Mapping[int, int] = {
             number[fact]: at for at, fact in enumerate(attributed.facts) if fact in number
         }
         frame = self.run.main.frame
-        frame = frame[frame["fact"].isin(theirs)].assign(fact=lambda rows: rows["fact"].map(theirs))
-        return Trace(
-            frame,
-            attributed.facts,
-            attributed.answers,
-            attributed.subjects,
-            attributed.lengths,
-            self.run.main.info,
-        ), attributed
+        kept = frame[frame["fact"].isin(theirs)]
+        return kept.assign(fact=kept["fact"].map(theirs)), attributed
 
 
 def _taken_away(trace: Trace) -> Trace:

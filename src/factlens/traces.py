@@ -187,6 +187,21 @@ class Trace:
             raise TraceFileError(f"{path} is no trace, or is damaged ({line})") from None
 
 
+def common_info(traces: Sequence[Trace]) -> dict[str, Any]:
+    """How several traces were had, as `Trace.info` says it of all of them together.
+
+    `samples` is the most of any: symmetric replacement may find fewer other subjects than were asked for.
+    """
+    engines = {each.info["engine"] for each in traces}
+    reasons = [each.info["fallback_reason"] for each in traces if each.info["fallback_reason"]]
+    return {
+        "samples": max(each.info["samples"] for each in traces),
+        "engine": engines.pop() if len(engines) == 1 else "mixed",
+        "prefix_reuse": all(each.info["prefix_reuse"] for each in traces),
+        "fallback_reason": reasons[0] if reasons else None,
+    }
+
+
 def concat(traces: Sequence[Trace]) -> Trace:
     """One trace of all the facts, numbered on. Settings are taken from the first.
 

@@ -22,7 +22,7 @@ from factlens.models import Model
 from factlens.plans import KINDS
 from factlens.preparations import Asked, Prepared, first_choices, prepare, tokenized
 from factlens.settings import Settings, settings_for
-from factlens.traces import Trace, concat
+from factlens.traces import Trace, common_info, concat
 
 log = logging.getLogger("factlens")
 
@@ -136,18 +136,7 @@ def trace(
             f"none of {len(wanted)} facts could be traced; the first: {skipped[0][1]}", skipped
         )
     traces = [work.traces[number] for number in sorted(work.traces)]
-    engines = {each.info["engine"] for each in traces}
-    reasons = [each.info["fallback_reason"] for each in traces if each.info["fallback_reason"]]
-    # Symmetric replacement may find fewer other subjects than samples were asked for.
-    samples_run = max(each.info["samples"] for each in traces)
-    info = {
-        **about,
-        "samples": samples_run,
-        "engine": engines.pop() if len(engines) == 1 else "mixed",
-        "prefix_reuse": all(each.info["prefix_reuse"] for each in traces),
-        "fallback_reason": reasons[0] if reasons else None,
-    }
-    return replace(concat(traces), info=info, skipped=skipped)
+    return replace(concat(traces), info={**about, **common_info(traces)}, skipped=skipped)
 
 
 def _as_fact(facts: object, subject: str | None) -> Fact:
