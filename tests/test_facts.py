@@ -129,3 +129,14 @@ def test_no_network_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(facts_module.urllib.request, "urlopen", fail)
     with pytest.raises(DownloadError, match="no route to host"):
         download_known_1000(tmp_path)
+
+
+def test_three_bad_rows_of_a_thousand_are_told_and_the_rest_is_read(tmp_path):
+    rows = [f"The capital of {{}} is,Country {n},City" for n in range(1000)]
+    rows[10], rows[500], rows[999] = "no subject here,Norway,Oslo", "a {},,Oslo", "a,b,c,d,e"
+    path, told = tmp_path / "facts.csv", []
+    path.write_text("prompt,subject,object\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    assert len(read_facts(path, on_bad_row=told.append)) == 997
+    assert ["line 12:" in told[0], "line 502:" in told[1], "line 1001:" in told[2]] == [True] * 3
+    with pytest.raises(FactFileError, match="line 12"):
+        read_facts(path)
