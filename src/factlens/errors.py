@@ -12,6 +12,10 @@
     ├── ModelUnsupported (TypeError)      a model without the hook points that are needed
     ├── OutOfMemory (MemoryError)          a model or a run that does not fit
     ├── TraceFileError (ValueError)       a stored trace that is corrupt or not a trace
+    ├── EditError (ValueError)            an edit that cannot be computed, or does not belong to the model
+    │   └── EditFileError                 a stored edit that is corrupt or no edit
+    ├── MomentError (ValueError)          key statistics that are corrupt, of another model, or missing
+    │   └── SingularMoment                fewer independent keys than neurons
     ├── RunError (ValueError)             a run directory that belongs to another configuration, or is in use
     ├── WorkersError (RuntimeError)       workers that cannot be started, or keep dying
     ├── DownloadError (OSError)           a file that cannot be fetched, or is not what was expected
@@ -71,6 +75,22 @@ class OutOfMemory(FactlensError, MemoryError):
 
 class TraceFileError(FactlensError, ValueError):
     """A stored trace that is corrupt, or no trace at all."""
+
+
+class EditError(FactlensError, ValueError):
+    """An edit that cannot be computed, or does not belong to the model."""
+
+
+class EditFileError(EditError):
+    """A stored edit that is corrupt, or no edit at all."""
+
+
+class MomentError(FactlensError, ValueError):
+    """Statistics of keys that are corrupt, of another model, or not to be had."""
+
+
+class SingularMoment(MomentError):
+    """Fewer independent keys were seen than the MLP has neurons."""
 
 
 class RunError(FactlensError, ValueError):

@@ -44,6 +44,35 @@ class Fact:
                 raise FactError(f"a fact's {name} must be text, not {value!r}")
 
 
+@dataclass(frozen=True)
+class Rewrite:
+    """A fact to be changed: (subject, relation, object) becomes (subject, relation, `target`) (ROME, Section 3.1).
+
+    After the edit the model should go on from `prompt` with `target`, given without its leading space. A `{}` in the prompt
+    stands for the subject, as in CounterFact. `true` is what was there before, for tables; `id` a label.
+    """
+
+    prompt: str
+    subject: str
+    target: str
+    true: str | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target", "true", "id"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (
+                value is not None or name in ("prompt", "subject", "target")
+            ):
+                raise FactError(f"a rewrite's {name} must be text, not {value!r}")
+        if not self.target.strip():
+            raise FactError(
+                f"the target {self.target!r} of {self.prompt!r} is empty; name the new object"
+            )
+        # Differs from a plain format(): other braces in a prompt are text.
+        object.__setattr__(self, "prompt", self.prompt.replace("{}", self.subject))
+
+
 def bundled_facts(
     split: Literal["train", "held", "fresh"] = "held", *, one_per_fact: bool = False
 ) -> list[Fact]:

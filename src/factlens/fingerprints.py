@@ -10,7 +10,6 @@ import platform
 import weakref
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,14 +83,9 @@ def _weights(model: Model) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def _get(model: Model, name: str) -> Tensor | None:
-    """The weight called `name`, or None where the architecture has none (a missing bias, no positions)."""
-    found: Any = cast(Any, model)
-    for part in name.split("."):
-        try:
-            found = found[int(part)] if part.isdigit() else getattr(found, part)
-        except (AttributeError, NotImplementedError, RuntimeError, ValueError, TypeError):
-            return None
-    if not isinstance(found, Tensor):
+    """The weight called `name`, or None where the architecture has none, or one of zeros."""
+    found = models.weight(model, name)
+    if found is None:
         return None
     # A bias of zeros is what HookedTransformer gives an architecture without one.
     return found if found.ndim > 1 or bool(found.any()) else None

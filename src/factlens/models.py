@@ -390,6 +390,40 @@ def mlp_input_site(model: Model, layer: int) -> str | None:
     return None
 
 
+def key_site(layer: int) -> str:
+    """Where the MLP's keys pass, [row pos d_mlp]: the input of `W_out` (ROME, Section 3.1)."""
+    return f"blocks.{layer}.mlp.hook_post"
+
+
+def output_module(model: Model, layer: int) -> nn.Module:
+    """The module that gives `key @ W_out + b_out`, before any norm that follows it (Gemma 2 has one)."""
+    mlp = cast(Any, model).blocks[layer].mlp
+    return mlp.out if is_bridge(model) else mlp
+
+
+def W_out_name(layer: int) -> str:
+    """`W_out_name(17)` is `blocks.17.mlp.W_out`, the name by which an edit knows the matrix."""
+    return f"blocks.{layer}.mlp.W_out"
+
+
+def weight(model: Model, name: str) -> Tensor | None:
+    """The weight that TransformerLens calls `name`, or None where the architecture has none (a missing bias)."""
+    found: Any = model
+    for part in name.split("."):
+        try:
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        except (
+            AttributeError,
+            NotImplementedError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            IndexError,
+        ):
+            return None
+    return found if isinstance(found, Tensor) else None
+
+
 def W_out(model: Model, layer: int) -> Float[Tensor, "d_mlp d_model"]:
     """The MLP's output matrix, in the row convention `key @ W_out`; a view on models with `nn.Linear`."""
     return cast(Any, model).blocks[layer].mlp.W_out
