@@ -73,7 +73,7 @@ def run_stream(
             )
 
         # Not a hook at resid_pre: OPT's block looks at its rows before that fires.
-        with _entering(runner.blocks[0], stream):
+        with entering(runner.blocks[0], stream):
             return runner.run_with_hooks(
                 tokens[:1].to(device_of(model)),
                 fwd_hooks=hooks,
@@ -83,7 +83,7 @@ def run_stream(
 
 
 @contextlib.contextmanager
-def _entering(block: nn.Module, stream: Act) -> Iterator[None]:
+def entering(block: nn.Module, stream: Act) -> Iterator[None]:
     """Let `block` be called with `stream`, whatever it would have been called with."""
 
     def swap(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
