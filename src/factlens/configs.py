@@ -5,12 +5,13 @@ method stand in the dataclass beside the method. A name is mapped to a file by t
 architecture.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -43,6 +44,12 @@ class ModelConfig:
     architectures: tuple[str, ...] = ()
     """Hugging Face `model_type`s served when no name fits."""
     trace: TraceDefaults = TraceDefaults()
+    rome: Mapping[str, object] = field(default_factory=dict)
+    """ROME's numbers where they differ from the method's defaults; `editors.rome_config` checks them."""
+    rome_source: str = ""
+    """Where `rome` comes from."""
+    layers: int | None = None
+    """Blocks of the model that the layer in `rome` is for; a model of another depth is edited at the same share of its own."""
     note: str = ""
 
 
@@ -52,7 +59,7 @@ def from_mapping(cls: type[T], given: Mapping[str, object], where: str = "") -> 
     Raises:
         ConfigError: an unknown key (the known ones are listed), or a missing one.
     """
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
     if unknown := set(given) - known:
         raise ConfigError(
             f"{where or cls.__name__} has no key {', '.join(sorted(unknown))}; "
@@ -82,6 +89,8 @@ def read_config(path: Path) -> ModelConfig:
     trace = from_mapping(TraceDefaults, given.pop("trace", None) or {}, f"'trace' of {path.name}")
     for key in ("models", "architectures"):
         given[key] = tuple(given.get(key) or ())
+    if not isinstance(given.setdefault("rome", {}), dict):
+        raise ConfigError(f"'rome' of {path.name} must hold keys and values, as in {{layer: 17}}")
     return from_mapping(ModelConfig, {"name": path.stem, **given, "trace": trace}, path.name)
 
 
@@ -109,3 +118,63 @@ def config_for(name: str, architecture: str | None = None) -> ModelConfig | None
         if architecture and architecture.replace("_", "") in plain:
             return config
     return None
+
+
+# -- checks of values ------------------------------------------------------------------------------
+
+Check = Callable[[str, object], Any]
+"""Of a key and what was given for it: the value to use, or a `ConfigError`."""
+
+
+def refused(method: str, name: str, value: object, allowed: str) -> ConfigError:
+    """The one line for a value that cannot be."""
+    return ConfigError(f"{method}'s {name} is {value!r}; it must be {allowed}")
+
+
+def word(method: str, words: Sequence[str]) -> Check:
+    """One of `words`."""
+
+    def check(name: str, value: object) -> str:
+        if not isinstance(value, str) or value not in words:
+            raise refused(method, name, value, " or ".join(map(repr, words)))
+        return value
+
+    return check
+
+
+def number(method: str, least: float, *, above: bool = False) -> Check:
+    """A finite number from `least`, or only above it."""
+
+    def check(name: str, value: object) -> float:
+        found = as_number(value)
+        if found is None or found < least or (above and found == least):
+            bound = f"above {least:g}" if above else f"of at least {least:g}"
+            raise refused(method, name, value, f"a number {bound}")
+        return found
+
+    return check
+
+
+def whole(method: str, least: int, *, optional: bool = False) -> Check:
+    """A whole number from `least`; None too where it is `optional`."""
+
+    def check(name: str, value: object) -> int | None:
+        if value is None and optional:
+            return None
+        found = as_number(value)
+        if found is None or found != int(found) or found < least:
+            raise refused(method, name, value, f"a whole number of at least {least}")
+        return int(found)
+
+    return check
+
+
+def as_number(value: object) -> float | None:
+    """A finite number, else None; also one written as `5e-1`, which YAML's rules leave a string."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None

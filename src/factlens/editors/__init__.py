@@ -1,0 +1,44 @@
+"""Editors: each turns rewrites into an `Edit` and leaves the model's weights as it found them.
+
+An editor is a function `(model, rewrites, config) -> Edit`. One that can work on many independent rewrites at once registers how
+(`register_each`), and `each` uses it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from factlens.edits import Edit
+from factlens.errors import EditError
+from factlens.facts import Rewrite
+from factlens.models import Model
+
+Editor = Callable[..., Edit]
+"""`(model, one Rewrite or several, config) -> Edit`."""
+EachEditor = Callable[..., list[Edit]]
+"""`(model, rewrites, config) -> list[Edit]`: one independent edit for each rewrite."""
+
+EACH: dict[Editor, EachEditor] = {}
+"""Editors that can optimise independent edits side by side, and how."""
+
+
+def register_each(editor: Editor, each: EachEditor) -> None:
+    """Say how `editor` makes many independent edits at once; they must be those that it makes one by one."""
+    EACH[editor] = each
+
+
+def each(
+    editor: Editor, model: Model, rewrites: Sequence[Rewrite], config: Any = None
+) -> list[Edit]:
+    """One independent `Edit` for each rewrite: side by side where the editor can, else one by one.
+
+    Raises:
+        EditError: another number of edits came back, or whatever the editor refuses.
+    """
+    if editor not in EACH:
+        return [editor(model, rewrite, config) for rewrite in rewrites]
+    edits = list(EACH[editor](model, rewrites, config))
+    if len(edits) != len(rewrites):
+        raise EditError(
+            f"{len(rewrites)} rewrites gave {len(edits)} edits; each needs one of its own"
+        )
+    return edits
