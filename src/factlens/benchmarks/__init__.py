@@ -1,0 +1,1 @@
+"""Benchmarks of edits: records, and which of their prompts feed which metric."""

@@ -1,0 +1,254 @@
+"""atlas-CounterFact: records of CounterFact's form, built from the bundled fact tables, so that every experiment runs offline.
+
+A pure function of the tables, the seed and, where one is given, the model. What is drawn is drawn by sha256, so that a record
+does not depend on which others there are.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import pandas as pd
+
+from factlens import metrics
+from factlens.atlas import Relation, relations
+from factlens.atlas.tables import state
+from factlens.benchmarks.counterfact import Record, Target
+from factlens.engines.problems import Progress, no_progress
+from factlens.errors import FactError
+from factlens.facts import Fact
+from factlens.models import Model
+
+NEIGHBOURS = 3
+"""At least so many other subjects must have the true object, or the fact is left out."""
+PROMPTS = 10
+"""At most so many neighbourhood, attribute and generation prompts, as in CounterFact."""
+PARAPHRASES = 2
+TUNED = 4
+"""One subject of so many is for choosing a layer and a clamp, the others for testing them."""
+IMPLIED = (frozenset({"landmark_city", "landmark_country"}),)
+"""Pairs of relations of which a new object of one can make the other's false by right: they say nothing of retention."""
+ASKED = 256
+"""Records whose targets are scored between two reports of progress."""
+_SEPARATOR = "\x1f"
+
+FEW_NEIGHBOURS = f"fewer than {NEIGHBOURS} other subjects have the object"
+NO_OTHER = "the relation has no other object for it"
+NEW_LIKELIER = "the new object is the likelier one before the edit"
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records, in an order in which the first n are a fair sample, and how many facts made none."""
+
+    records: tuple[Record, ...]
+    dropped: pd.DataFrame
+    """`relation, reason, n`: facts that made no record."""
+
+    @property
+    def tune(self) -> tuple[Record, ...]:
+        """For choosing the layer and the clamp; of other subjects than `test`."""
+        return tuple(record for record in self.records if is_tuned(record.subject))
+
+    @property
+    def test(self) -> tuple[Record, ...]:
+        """For the numbers that are reported."""
+        return tuple(record for record in self.records if not is_tuned(record.subject))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+
+def is_tuned(subject: str) -> bool:
+    """Whether the subject's records are for choosing; the same with and without a capital."""
+    return int(_digest("split", subject.casefold())[:8], 16) % TUNED == 0
+
+
+def counterfact(
+    model: Model | None = None,
+    *,
+    only: Collection[str] | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Records:
+    """The atlas-CounterFact records: one counterfactual for each bundled fact that has enough neighbours.
+
+    The new object is drawn from the other objects of the relation; with a model, records of which it finds the new object likelier
+    than the true one already are left out, as in CounterFact. The same seed gives the same records on every machine.
+
+    Args:
+        model: whose probabilities decide; None takes every record.
+        only: names of the relations to take; all by default.
+        seed: of the draws of objects, sentences, neighbours and the order.
+        progress: told (records asked, records in all).
+    """
+    kept: list[Record] = []
+    dropped: list[tuple[str, str]] = []
+    for number, relation, subject, object_ in _numbered(only):
+        made = _record(relation, subject, object_, number, str(seed))
+        if isinstance(made, Record):
+            kept.append(made)
+        else:
+            dropped.append((relation.name, made))
+    if model is not None:
+        likelier = _likelier(model, kept, progress)
+        dropped += [(each.relation_id, NEW_LIKELIER) for each in kept if each.case_id in likelier]
+        kept = [each for each in kept if each.case_id not in likelier]
+    counts = pd.DataFrame(dropped, columns=["relation", "reason"])
+    table = counts.groupby(["relation", "reason"], sort=True).size().reset_index(name="n")
+    kept.sort(key=lambda each: _digest(str(seed), "order", str(each.case_id)))
+    return Records(tuple(kept), table)
+
+
+def other_facts(record: Record) -> list[Fact]:
+    """The other facts of the record's subject, which its edit should leave alone; none where the tables do not have it.
+
+    Each is asked in a training and in a held-out sentence. Facts that the new object changes by right are left out (`IMPLIED`).
+    """
+    asked: list[Fact] = []
+    about = dict(_by_subject().get(record.subject.casefold(), ()))
+    if record.relation_id not in about:
+        return []
+    for name, (subject, object_) in about.items():
+        if name == record.relation_id or {name, record.relation_id} in IMPLIED:
+            continue
+        for split in ("train", "held"):
+            templates = _relation(name).templates(split)  # type: ignore[arg-type]
+            template = _drawn(templates, "other", split, str(record.case_id), name)[0]
+            stated = state(name, template, subject, object_)
+            identity = f"{name}/{subject}/{split}"
+            asked.append(Fact(stated.prompt, stated.subject, object_, name, identity))
+    return asked
+
+
+# -- one record ------------------------------------------------------------------------------------
+
+
+def _record(relation: Relation, subject: str, object_: str, number: int, seed: str) -> Record | str:
+    """The record of fact `number` of the tables, or why there is none."""
+    mark = (seed, relation.name, subject)
+    neighbours = [name for name in _having(relation, object_) if name != subject]
+    if len(neighbours) < NEIGHBOURS:
+        return FEW_NEIGHBOURS
+    new = _new_object(relation, subject, object_, mark)
+    if new is None:
+        return NO_OTHER
+    template, *others = _drawn(relation.train, *mark, "prompt")
+    held = _drawn(relation.held, *mark, "paraphrase")[:PARAPHRASES]
+    return Record(
+        case_id=number,
+        pararel_idx=relation.train.index(template),
+        prompt=template.removesuffix(" {o}").replace("{s}", "{}"),
+        relation_id=relation.name,
+        target_new=Target(new, f"{relation.name}/{new}"),
+        target_true=Target(object_, f"{relation.name}/{object_}"),
+        subject=state(relation.name, template, subject, object_).subject,
+        paraphrase_prompts=tuple(_prompt(relation, each, subject) for each in held),
+        neighborhood_prompts=_asked_of(relation, neighbours, (*mark, "neighbours")),
+        attribute_prompts=_asked_of(relation, _having(relation, new), (*mark, "attributes")),
+        generation_prompts=tuple(_prompt(relation, each, subject) for each in others[:PROMPTS]),
+    )
+
+
+def _new_object(
+    relation: Relation, subject: str, object_: str, mark: tuple[str, ...]
+) -> str | None:
+    """Another object of the relation that is not true of the subject, and not the true one in longer or shorter words."""
+    true = {o for s, o in relation.facts if s.casefold() == subject.casefold()} | {object_}
+    objects = {o for _, o in relation.facts}
+    for one in true:
+        objects -= _overlapping(one, objects)
+    drawn = _drawn(sorted(objects), *mark, "new object")
+    return drawn[0] if drawn else None
+
+
+def _overlapping(one: str, objects: Iterable[str]) -> set[str]:
+    """Those in whose words the one stands, or that stand in its own: `dollar` and `Canadian dollar`."""
+    padded = f" {one.casefold()} "
+    return {o for o in objects if (has := f" {o.casefold()} ") in padded or padded in has}
+
+
+def _asked_of(
+    relation: Relation, subjects: Sequence[str], mark: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The relation asked of up to ten of the subjects, each in a training sentence of its own."""
+    asked = _drawn(subjects, *mark)[:PROMPTS]
+    drawn = {each: int(_digest(*mark, "template", each), 16) for each in asked}
+    return tuple(
+        _prompt(relation, relation.train[drawn[each] % len(relation.train)], each) for each in asked
+    )
+
+
+def _prompt(relation: Relation, template: str, subject: str) -> str:
+    return state(relation.name, template, subject, "").prompt
+
+
+def _likelier(model: Model, records: Sequence[Record], progress: Progress) -> set[int]:
+    """Case numbers of the records of which the model finds the new object at least as likely as the true one."""
+    found: set[int] = set()
+    for start in range(0, len(records), ASKED):
+        chunk = records[start : start + ASKED]
+        targets = [
+            (each.rewrite.prompt, target.text)
+            for each in chunk
+            for target in (each.target_new, each.target_true)
+        ]
+        nll = metrics.score(model, targets).nll.reshape(-1, 2)
+        found |= {
+            each.case_id
+            for each, (new, true) in zip(chunk, nll.tolist(), strict=True)
+            if new <= true
+        }
+        progress(min(start + ASKED, len(records)), len(records))
+    return found
+
+
+# -- the tables ------------------------------------------------------------------------------------
+
+
+def _numbered(only: Collection[str] | None) -> Iterator[tuple[int, Relation, str, str]]:
+    """Every fact of the relations, with its number in the tables, whichever relations are taken.
+
+    Raises:
+        FactError: no such relation.
+    """
+    known = [relation.name for relation in relations()]
+    if unknown := set(only or ()) - set(known):
+        raise FactError(f"no relation {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    facts = ((relation, *pair) for relation in relations() for pair in relation.facts)
+    for number, (relation, subject, object_) in enumerate(facts):
+        if only is None or relation.name in only:
+            yield number, relation, subject, object_
+
+
+def _having(relation: Relation, object_: str) -> list[str]:
+    return [subject for subject, found in relation.facts if found == object_]
+
+
+@cache
+def _by_subject() -> dict[str, tuple[tuple[str, tuple[str, str]], ...]]:
+    """For each subject, in small letters: (relation, (subject, object)) of its facts."""
+    found: dict[str, tuple[tuple[str, tuple[str, str]], ...]] = {}
+    for relation in relations():
+        for subject, object_ in relation.facts:
+            key = subject.casefold()
+            found[key] = (*found.get(key, ()), (relation.name, (subject, object_)))
+    return found
+
+
+def _relation(name: str) -> Relation:
+    return next(each for each in relations() if each.name == name)
+
+
+def _drawn(items: Sequence[str], *mark: str) -> list[str]:
+    """The items in an order that depends on nothing but them and the mark."""
+    start = _SEPARATOR.join((*mark, ""))
+    return sorted(items, key=lambda item: hashlib.sha256(f"{start}{item}".encode()).digest())
+
+
+def _digest(*words: str) -> str:
+    return hashlib.sha256(_SEPARATOR.join(words).encode()).hexdigest()

@@ -1,0 +1,133 @@
+"""Scores of an edit from log-probabilities (ROME, Section 3.3; the official CounterFact metrics), and how they are measured.
+
+Every target is teacher-forced after its prompt and scored by its mean negative log-probability per token, in nats.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from factlens import models, runs
+from factlens.errors import PromptTooLong
+from factlens.models import Model
+from factlens.tokens import answer_ids, token_ids
+
+PROTOCOL = "mean-token-nll/teacher-forced/independent/1"
+"""Scoring, decoding, mode and version: the paper's CounterFact, each edit alone. Numbers of two protocols do not compare."""
+BATCH = 64
+"""Rows that share a forward pass."""
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+
+def mean_nll(logprobs: Float[Tensor, " token"]) -> float:
+    """Mean negative log-probability per token of one target, in nats."""
+    return -float(logprobs.double().mean())
+
+
+def success(wanted: Float[Tensor, " prompt"], other: Float[Tensor, " prompt"]) -> float:
+    """Share of prompts at which the wanted target is the likelier one, from both targets' nll; NaN without prompts.
+
+    ES and PS with the new target as `wanted`, NS with the true one. A tie is no success.
+    """
+    return float((other > wanted).double().mean())
+
+
+def magnitude(wanted: Float[Tensor, " prompt"], other: Float[Tensor, " prompt"]) -> float:
+    """Mean of exp(-nll wanted) - exp(-nll other): EM and PM, and NM with the true target as `wanted`."""
+    return float((torch.exp(-wanted.double()) - torch.exp(-other.double())).mean())
+
+
+def harmonic_mean(values: Iterable[float]) -> float:
+    """S, of the means ES, PS and NS; 0 where one of them is."""
+    listed = list(values)
+    if any(value == 0 for value in listed):
+        return 0.0
+    return len(listed) / sum(1 / value for value in listed)
+
+
+def half_width(values: Iterable[float]) -> float:
+    """Half of the 95 % interval of a mean over records, 1.96 sd / sqrt(n); NaN are left out, and fewer than two say nothing."""
+    table = np.array([value for value in values if not np.isnan(value)], dtype=float)
+    return float(1.96 * table.std(ddof=1) / np.sqrt(len(table))) if len(table) > 1 else float("nan")
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Pairs of prompt and target, as a model finds them."""
+
+    nll: Float[Tensor, " pair"]
+    """Mean negative log-probability per token, in nats."""
+    ranked_first: Bool[Tensor, " pair"]
+    """Whether greedy continuation spells the target: each of its tokens ranks first in its turn."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a forward pass: a prompt with all but the last token of a target."""
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+    pair: int
+
+
+def score(model: Model, pairs: Sequence[tuple[str, str]]) -> Scored:
+    """Score each (prompt, target), the target with the space that separates words.
+
+    Rows are padded at the right, where causality makes padding harmless. Pairs that need the same row share it: of a prompt with
+    two one-token targets there is one. Softmax is in float32 whatever the model's type.
+
+    Raises:
+        PromptTooLong: a prompt and its target do not fit the context.
+    """
+    rows = sorted(
+        (_row(model, pair, number) for number, pair in enumerate(pairs)),
+        key=lambda row: (len(row.ids), row.ids),
+    )
+    nll = torch.empty(len(rows))
+    first = torch.empty(len(rows), dtype=torch.bool)
+    for start in range(0, len(rows), BATCH):
+        chunk = rows[start : start + BATCH]
+        for row, logits in zip(chunk, _logits(model, chunk), strict=True):
+            answer = torch.tensor(row.targets)
+            logprobs = logits.log_softmax(dim=-1).gather(1, answer[:, None])[:, 0]
+            nll[row.pair] = mean_nll(logprobs)
+            first[row.pair] = bool((logits.argmax(dim=-1) == answer).all())
+    return Scored(nll, first)
+
+
+def _row(model: Model, pair: tuple[str, str], number: int) -> _Row:
+    prompt, target = pair
+    tokenizer, context = models.tokenizer(model), int(models.cfg(model).n_ctx)
+    answer = answer_ids(tokenizer, prompt, target)
+    ids = [*token_ids(tokenizer, prompt), *answer[:-1]]
+    if len(ids) > context:
+        raise PromptTooLong(
+            f"the prompt with its target {target!r} has {len(ids)} tokens and the model {context} positions; "
+            f"shorten it (it begins {prompt[:40]!r})"
+        )
+    return _Row(tuple(ids), tuple(answer), number)
+
+
+def _logits(model: Model, rows: Sequence[_Row]) -> list[Float[Tensor, "token d_vocab"]]:
+    """The float32 logits from which each row's target tokens are predicted."""
+    places = {ids: place for place, ids in enumerate(dict.fromkeys(row.ids for row in rows))}
+    length = max(len(ids) for ids in places)
+    # Padded by the last token, so that no model takes the padding for such and masks it in its own way.
+    padded = torch.tensor([[*ids, *[ids[-1]] * (length - len(ids))] for ids in places])
+    begin = min(len(row.ids) - len(row.targets) for row in rows)
+    logits = runs.logits_of(model, padded, keep=length - begin)
+    return [
+        logits[places[row.ids], len(row.ids) - len(row.targets) - begin : len(row.ids) - begin]
+        .float()
+        .cpu()
+        for row in rows
+    ]

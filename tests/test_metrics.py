@@ -1,0 +1,112 @@
+"""Scores in closed form, and log-probabilities against a model that is asked one prompt at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from builders import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
+
+from factlens import metrics, models
+from factlens.errors import PromptTooLong
+from factlens.metrics import half_width, harmonic_mean, magnitude, mean_nll, score, success
+from factlens.tokens import answer_ids, token_ids
+
+nlls = st.lists(st.floats(0, 50), min_size=1, max_size=8)
+
+
+def test_hand_computed_cases():
+    new, true = torch.tensor([0.5, 2.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])
+    assert success(new, true) == pytest.approx(1 / 3), "a tie is no success"
+    assert success(true, new) == pytest.approx(1 / 3)
+    expected = (math.exp(-0.5) + math.exp(-2) + math.exp(-1) - 3 * math.exp(-1)) / 3
+    assert magnitude(new, true) == pytest.approx(expected)
+    assert mean_nll(torch.tensor([0.5, 0.125]).log()) == pytest.approx(2 * math.log(2))
+    assert harmonic_mean([1.0, 0.5, 0.25]) == pytest.approx(3 / 7)
+    assert harmonic_mean([1.0, 0.0, 1.0]) == 0.0
+    assert half_width([1.0, 0.0, 1.0, 0.0]) == pytest.approx(1.96 * math.sqrt(1 / 3) / 2)
+    assert half_width([1.0, float("nan"), 3.0]) == pytest.approx(1.96)
+    assert math.isnan(half_width([1.0]))
+    assert math.isnan(success(torch.empty(0), torch.empty(0)))
+
+
+def test_the_papers_table_has_these_harmonic_means():
+    # Table 2, GPT-2 XL, ROME: ES 100.0, PS 96.4, NS 75.4 give S 89.2; unedited 22.2, 24.7, 78.1 give 30.5.
+    assert harmonic_mean([100.0, 96.4, 75.4]) == pytest.approx(89.2, abs=0.05)
+    assert harmonic_mean([22.2, 24.7, 78.1]) == pytest.approx(30.5, abs=0.05)
+
+
+@given(nlls, nlls)
+def test_success_and_magnitude_change_sides_with_their_targets(one, other):
+    size = min(len(one), len(other))
+    first, second = torch.tensor(one[:size]), torch.tensor(other[:size])
+    ties = float((first == second).double().mean())
+    assert success(first, second) + success(second, first) + ties == pytest.approx(1)
+    assert magnitude(first, second) == pytest.approx(-magnitude(second, first), abs=1e-7)
+    assert success(first, first) == magnitude(first, first) == 0
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=5))
+def test_the_harmonic_mean_lies_between_least_and_mean(values):
+    assert min(values) - 1e-9 <= harmonic_mean(values) <= sum(values) / len(values) + 1e-9
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+def one_by_one(model, prompt: str, target: str) -> tuple[float, bool]:
+    """Mean nll and greedy, token by token with nothing padded, batched or cut."""
+    tokenizer = models.tokenizer(model)
+    ids, total, first = token_ids(tokenizer, prompt), 0.0, True
+    answer = answer_ids(tokenizer, prompt, target)
+    with torch.inference_mode():
+        for token in answer:
+            logits = model(torch.tensor([ids]))[0, -1].double()
+            total -= float(logits.log_softmax(-1)[token])
+            first = first and int(logits.argmax()) == token
+            ids = [*ids, token]
+    return total / len(answer), first
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_those_of_one_prompt_at_a_time(family_model, family):
+    model = family_model(family)
+    prompts = ["Ab", "A much longer prompt than", "The one of x is", "Ab"]
+    pairs = [(prompt, target) for prompt in prompts for target in ("q", "zo", "some words")]
+    scored = score(model, pairs)
+    expected = [one_by_one(model, *pair) for pair in pairs]
+    torch.testing.assert_close(
+        scored.nll.double(), torch.tensor([nll for nll, _ in expected]).double(), atol=2e-5, rtol=0
+    )
+    assert scored.ranked_first.tolist() == [first for _, first in expected]
+    assert float(scored.nll.max() - scored.nll.min()) > 0.5, "nothing to tell apart"
+
+
+def test_what_is_ranked_first_is_what_greedy_continues_with(atlas):
+    prompt = "The Space Needle is located in the city of"
+    tokenizer, ids = models.tokenizer(atlas), token_ids(models.tokenizer(atlas), prompt)
+    start = len(ids)
+    with torch.inference_mode():
+        for _ in range(3):
+            ids.append(int(atlas(torch.tensor([ids]))[0, -1].argmax()))
+    said = tokenizer.decode(ids[start:])
+    targets = ["Seattle", said.strip(), f"{said.strip()} ever", "Rome"]
+    scored = score(atlas, [(prompt, target) for target in targets])
+    assert scored.ranked_first.tolist() == [True, True, False, False]
+
+
+def test_more_pairs_than_a_batch_and_none(family_model, monkeypatch):
+    model = family_model("gpt2")
+    pairs = [(f"{'ab' * n} is", target) for n in range(1, 9) for target in ("x", "yz")]
+    whole = score(model, pairs)
+    monkeypatch.setattr(metrics, "BATCH", 3)
+    torch.testing.assert_close(score(model, pairs).nll, whole.nll, atol=1e-5, rtol=0)
+    assert len(score(model, []).nll) == 0
+
+
+def test_a_prompt_that_does_not_fit_is_refused(family_model):
+    with pytest.raises(PromptTooLong, match="64 positions"):
+        score(family_model("gpt2"), [("a" * 60, "b" * 9)])
