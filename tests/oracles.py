@@ -97,3 +97,65 @@ class SlowTracer:
             return _with(output, changed)
 
         return write
+
+
+class SlowROME:
+    """ROME's steps 1 and 2 on a plain Hugging Face model: row by row, whole runs, one rewrite (Section 3.1, REFERENCE 2)."""
+
+    OUTPUTS = ("c_proj", "fc_out", "dense_4h_to_h", "fc2", "down_proj")
+
+    def __init__(self, hf_model, tokenizer, layer: int) -> None:
+        self.model, self.tokenizer = hf_model.eval(), tokenizer
+        blocks = next(m for m in hf_model.modules() if isinstance(m, torch.nn.ModuleList))
+        named = dict(blocks[layer].named_modules())
+        mlps = [n for n in named if n.split(".")[-1] in self.OUTPUTS and "attn" not in n]
+        (self.output,) = (named[name] for name in mlps)
+
+    def run(self, ids, at, delta=None):
+        """(log-probabilities, key, output) of one row, with `delta` added to the output at position `at`."""
+        seen = {}
+
+        def hook(module, args, output):
+            width = output.shape[-1]
+            seen["key"] = args[0].reshape(len(ids), -1)[at].detach()
+            seen["output"] = output.reshape(len(ids), width)[at].detach()
+            if delta is not None:
+                add = torch.zeros(len(ids), width)
+                add[at] = 1.0
+                return output + (add * delta).reshape(output.shape)
+            return None
+
+        handle = self.output.register_forward_hook(hook)
+        try:
+            logits = self.model(torch.tensor([ids])).logits[0]
+        finally:
+            handle.remove()
+        return logits.log_softmax(-1), seen["key"], seen["output"]
+
+    def value(self, rows, ats, target, essence, essence_at, steps, clamp=4.0):
+        """δ after `steps` updates; `rows` are prompts as ids, the bare one first."""
+        full = [[*row, *target[:-1]] for row in rows]
+        with torch.no_grad():
+            *_, v0 = self.run(full[0], ats[0])
+            before = self.run(essence, essence_at)[0][essence_at]
+        delta = torch.zeros_like(v0).requires_grad_()
+        adam = torch.optim.Adam([delta], lr=0.5)
+        losses = []
+        for step in range(steps + 1):
+            nll = 0.0
+            for row, at, short in zip(full, ats, rows, strict=True):
+                logprob, *_ = self.run(row, at, delta)
+                told = [logprob[len(short) - 1 + n, each] for n, each in enumerate(target)]
+                nll = nll - sum(told) / len(target) / len(rows)
+            now = self.run(essence, essence_at, delta)[0][essence_at]
+            kl = (now.exp() * (now - before)).sum()
+            loss = nll + 0.0625 * kl + 0.5 * delta.norm() / v0.norm() ** 2
+            losses.append(float(loss.detach()))
+            if step == steps:
+                break
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            with torch.no_grad():
+                delta *= min(1.0, clamp * float(v0.norm()) / float(delta.norm()))
+        return delta.detach(), losses

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from factlens.errors import FactlensError as FactlensError
     from factlens.errors import FactWarning as FactWarning
     from factlens.facts import Fact as Fact
+    from factlens.facts import Rewrite as Rewrite
     from factlens.facts import bundled_facts as bundled_facts
     from factlens.facts import read_facts as read_facts
     from factlens.fingerprints import fingerprint as fingerprint
@@ -42,6 +43,7 @@ _HOMES = {
     "Fact": "facts",
     "FactWarning": "errors",
     "FactlensError": "errors",
+    "Rewrite": "facts",
     "Summary": "summaries",
     "Trace": "traces",
     "average": "averages",
@@ -62,6 +64,7 @@ __all__ = [
     "Fact",
     "FactWarning",
     "FactlensError",
+    "Rewrite",
     "Summary",
     "Trace",
     "average",

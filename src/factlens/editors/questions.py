@@ -1,0 +1,111 @@
+"""A rewrite as rows of tokens: the prompt behind each context, with the target after it, and "{subject} is a"."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from factlens import models
+from factlens.errors import FactError, FactWarning
+from factlens.facts import Rewrite
+from factlens.models import Model
+from factlens.tokens import TokenizedPrompt, answer_ids, tokenize
+
+ESSENCE = "{} is a"
+"""The prompt p' of Eq. 4, at which the model is to stay as it was."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One rewrite's rows. The first is the bare prompt; the last is the essence prompt."""
+
+    rewrite: Rewrite
+    rows: tuple[Int[Tensor, " _"], ...]
+    lookups: tuple[int, ...]
+    """For each row, the position whose MLP output is changed."""
+    contexts: tuple[int, ...]
+    """Rows over which key, value and loss are averaged; the bare prompt may be none of them."""
+    target: Int[Tensor, " target"]
+    starts: tuple[int, ...]
+    """For each row, the position that predicts the target's first token; of the last row, where the KL is taken."""
+
+
+def question(
+    model: Model,
+    rewrite: Rewrite,
+    contexts: Sequence[str],
+    *,
+    fact_token: str = "subject-last",
+    kl_at: str = "subject-last",
+) -> Question:
+    """Tokenize `rewrite` behind each of `contexts` (templates with one `{}`).
+
+    Raises:
+        SubjectNotFound: the subject does not occur in the prompt.
+        PromptTooLong: a row has more tokens than the model has positions.
+        FactError: nothing follows the subject where the fact is to be looked up.
+    """
+    tokenizer = models.tokenizer(model)
+    target = torch.tensor(answer_ids(tokenizer, rewrite.prompt, rewrite.target))
+    room = int(models.cfg(model).n_ctx) - len(target) + 1
+    bare = [] if "{}" in contexts else ["{}"]
+    templates = [*bare, *sorted(contexts, key="{}".__ne__)]
+    asked = [_tokenized(model, each, rewrite, room) for each in templates]
+    essence = tokenize(tokenizer, ESSENCE.replace("{}", rewrite.subject), rewrite.subject)
+    rows = [torch.cat([prompt.ids[0], target[:-1]]) for prompt in asked] + [essence.ids[0]]
+    lookups = [lookup_of(prompt, fact_token, rewrite) for prompt in (*asked, essence)]
+    at = lookup_of(essence, "last" if kl_at == "prompt-end" else fact_token, rewrite)
+    return Question(
+        rewrite=rewrite,
+        rows=tuple(rows),
+        lookups=tuple(lookups),
+        contexts=tuple(range(len(bare), len(asked))),
+        target=target,
+        starts=(*(prompt.ids.shape[1] - 1 for prompt in asked), at),
+    )
+
+
+def lookup_of(prompt: TokenizedPrompt, fact_token: str, rewrite: Rewrite) -> int:
+    """Where the fact is looked up: the subject's last token (ROME), its first, the one after it, or the prompt's last."""
+    begin, end = prompt.subject
+    last = len(prompt.words) - 1
+    places = {"subject-last": end - 1, "subject-first": begin, "first-after": end, "last": last}
+    if places[fact_token] > last:
+        raise FactError(
+            f"the prompt {rewrite.prompt!r} ends with its subject, so no token comes first after it; use fact_token='subject-last'"
+        )
+    return places[fact_token]
+
+
+def _tokenized(model: Model, template: str, rewrite: Rewrite, room: int) -> TokenizedPrompt:
+    before, after = template.split("{}")
+    text = before + rewrite.prompt + after
+    # The sampled text before the prompt may name the subject too: the prompt's own is meant.
+    found = [n for n in range(len(before)) if text.startswith(rewrite.subject, n)]
+    return tokenize(
+        models.tokenizer(model),
+        text,
+        rewrite.subject,
+        subject_at=len(found),
+        context=room,
+    )
+
+
+def say_traps(rewrite: Rewrite) -> None:
+    """Warn of what makes an edit other than it looks: a space too many, a subject that occurs twice."""
+    if rewrite.prompt[-1:].isspace():
+        warnings.warn(
+            f"the prompt {rewrite.prompt!r} ends in a space, so the target {rewrite.target!r} is tokenized without its own, which "
+            "is another token; end the prompt with a word",
+            FactWarning,
+            stacklevel=3,
+        )
+    if rewrite.prompt.count(rewrite.subject) > 1:
+        warnings.warn(
+            f"{rewrite.subject!r} occurs {rewrite.prompt.count(rewrite.subject)} times in {rewrite.prompt!r}; the first is edited",
+            FactWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,89 @@
+"""Whether an edited weight does what was computed: the check after every edit."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from factlens import edits, models
+from factlens.changes import LowRank, RankOne
+from factlens.editors.questions import Question
+from factlens.edits import Edit
+from factlens.errors import EditError
+from factlens.models import Model
+from factlens.types import Hooks
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.2}
+"""Largest difference in log-probability between the edited model and the run in which its output was moved by hooks."""
+
+
+def realise(
+    model: Model, edit: Edit, layer: int, change: RankOne | LowRank, question: Question
+) -> dict[str, float | bool]:
+    """Apply `edit` for two runs of the bare prompt, and compare with a run of the untouched weights under hooks.
+
+    The hooks move the MLP's output at every position by `key @ left @ right`, which is what the edited weight should do:
+    a wrong layer, a transposed view, a norm after the MLP or a weight that is not the one in use would show.
+
+    Returns `prob_before`, `prob_after` (of the whole target), `first_before`, `first_after` (whether each of its tokens ranks first).
+
+    Raises:
+        EditError: the two disagree.
+    """
+    before = _logprob(model, question)
+    with _moved(model, layer, change) as hooks:
+        wanted = _logprob(model, question, hooks)
+    with edits.applied(model, edit, strict=False):
+        found = _logprob(model, question)
+    gap = float((wanted - found).abs().max())
+    if not gap < TOLERANCE.get(models.dtype_of(model), 1e-3):
+        raise EditError(
+            f"the edited model does not give what was optimised for {question.rewrite.prompt!r}: log-probabilities differ by {gap:.2g}; "
+            f"W_out of layer {layer} is not what {models.model_name(model)} computes with"
+        )
+    return {**_said("before", before, question), **_said("after", found, question)}
+
+
+def _said(when: str, logprob: Tensor, question: Question) -> Mapping[str, float | bool]:
+    told = logprob.gather(1, question.target.to(logprob.device)[:, None]).sum()
+    first = bool((logprob.argmax(dim=1).cpu() == question.target).all())
+    return {f"prob_{when}": float(told.exp()), f"first_{when}": first}
+
+
+def _logprob(
+    model: Model, question: Question, hooks: Hooks | None = None
+) -> Float[Tensor, "target d_vocab"]:
+    tokens = question.rows[0][None].to(models.device_of(model))
+    with torch.inference_mode():
+        logits = cast(Any, model).run_with_hooks(tokens, fwd_hooks=hooks or [])
+    return logits[0, question.starts[0] :].float().log_softmax(-1)
+
+
+@contextmanager
+def _moved(model: Model, layer: int, change: RankOne | LowRank) -> Iterator[Hooks]:
+    """Add `key @ change` to the output of `W_out`, at every position, without touching a weight; run with the hooks."""
+    left, right = change.left.float(), change.right.float()
+    if isinstance(change, RankOne):
+        left, right = left[:, None], right[None]
+    seen: list[Tensor] = []
+
+    def see(act: Tensor, hook: object = None) -> Tensor:
+        seen[:] = [act.float()]
+        return act
+
+    def move(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        gain = einsum(seen[0], left.to(output.device), "row pos d_mlp, d_mlp rank -> row pos rank")
+        shift = einsum(
+            gain, right.to(output.device), "row pos rank, rank d_model -> row pos d_model"
+        )
+        return (output.float() + shift.reshape(output.shape)).to(output.dtype)
+
+    handle = models.output_module(model, layer).register_forward_hook(move)
+    try:
+        yield [(models.key_site(layer), see)]
+    finally:
+        handle.remove()
