@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # make trace MODEL=gpt2-xl PROMPT="..." SUBJECT="..."
+# make edit MODEL=gpt2-xl PROMPT="..." SUBJECT="..." TARGET="..."
 MODEL ?= atlas
 PROMPT ?=
 SUBJECT ?=
+TARGET ?=
 ARGS ?=
 # make average MODEL=gpt2-xl N=1000 FACTS=data/known_1000.json WORKERS=4
 N ?= 1000
@@ -18,11 +20,12 @@ RAY = $(if $(filter-out 1,$(WORKERS)),$(VENV)/installed-ray)
 override MODEL := $(value MODEL)
 override PROMPT := $(value PROMPT)
 override SUBJECT := $(value SUBJECT)
+override TARGET := $(value TARGET)
 override OUT := $(value OUT)
 override FACTS := $(value FACTS)
-export MODEL PROMPT SUBJECT OUT FACTS
+export MODEL PROMPT SUBJECT TARGET OUT FACTS
 
-.PHONY: help setup trace average report paper test test-hooked-transformer check format bench notebooks figures atlas clean
+.PHONY: help setup trace average report edit stats evaluate paper test test-hooked-transformer check format bench notebooks figures atlas clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 28
@@ -65,6 +68,19 @@ average: $(VENV)/installed $(RAY)  ## Trace a thousand facts, resumable; MODEL=,
 
 report: $(VENV)/installed  ## Write the page of a run again; OUT=, ARGS="--images svg"
 	@$(BIN)/factlens report "$${OUT:-runs/average-$$(basename "$$MODEL")}" $(ARGS)
+
+edit: $(VENV)/installed  ## Change a fact (ROME); MODEL=, PROMPT=, SUBJECT=, TARGET=, OUT=, ARGS="--layer 17"
+	@if [ -n "$$PROMPT" ]; then \
+	  $(BIN)/factlens edit --subject "$$SUBJECT" --target "$$TARGET" --model "$$MODEL" --out "$${OUT:-runs/edit}" $(ARGS) -- "$$PROMPT"; \
+	else \
+	  $(BIN)/factlens edit --model "$$MODEL" --out "$${OUT:-runs/edit}" $(ARGS); \
+	fi
+
+stats: $(VENV)/installed  ## Gather what edits need to know of a model, once, resumable; MODEL=, ARGS="--layer 17"
+	@$(BIN)/factlens stats --model "$$MODEL" $(ARGS)
+
+evaluate: $(VENV)/installed  ## Score edits on atlas-CounterFact, with controls; MODEL=, ARGS="--n 200"
+	@$(BIN)/factlens evaluate --model "$$MODEL" $(ARGS)
 
 # So far the tracing half: Figure 1 of one fact, then Figures 2, 3, 7 and 16 with every variant.
 paper: $(VENV)/installed $(RAY)  ## Every figure and table of the paper that there is so far; MODEL=, N=, FACTS=

@@ -481,3 +481,42 @@ def test_half_width_models_are_edited_in_float32(family_folder):
     (change,) = edit.changes.values()
     assert change.left.dtype == change.right.dtype == torch.float32
     assert change.dense().isfinite().all()
+
+
+# -- spellings -------------------------------------------------------------------------------------
+
+
+def test_each_spelling_of_the_subject_is_answered_and_so_is_the_mean(atlas):
+    rewrite = Rewrite("{} has a currency called the", "Estonia", "dirham")
+    config = {"layer": 1, "value_key": "spellings", "max_norm_ratio": 3.0}
+    value = choose_value(atlas, rewrite, config)
+    words = models.tokenizer(atlas).convert_ids_to_tokens(
+        [
+            int(value.question.rows[rows[0]][value.question.lookups[rows[0]]])
+            for rows in value.question.spellings
+        ]
+    )
+    assert words == ["ia", "ĠEstonia"]
+    moment = moment_of(atlas, 1)
+    found = {}
+    for rule in ("spellings", "mean"):
+        edit = rome(atlas, rewrite, {**config, "value_key": rule}, moment=moment)
+        (change,) = edit.changes.values()
+        assert isinstance(change, RankOne)
+        assert relative(value.key @ change.dense(), value.shift) < 1e-3  # Eq. 2 holds for both.
+        found[rule] = [relative(key @ change.dense(), value.shift) for key in value.spellings]
+    assert max(found["spellings"]) < 1e-3
+    assert max(found["mean"]) > 0.2  # The mean is neither.
+
+
+def test_with_one_spelling_it_is_the_mean(family_model):
+    model = family_model("gpt2")  # One token a character: the last is the same everywhere.
+    moment = moment_of(model, 1)
+    both = [
+        rome(model, rewrite_of(), quick(value_key=rule), moment=moment).changes[
+            "blocks.1.mlp.W_out"
+        ]
+        for rule in ("spellings", "mean")
+    ]
+    assert question(model, rewrite_of(), CONTEXTS).spellings == [[0, 1, 2]]
+    assert relative(both[0].dense(), both[1].dense()) < 1e-6

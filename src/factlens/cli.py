@@ -1,11 +1,15 @@
-"""The command line: `factlens trace | average | report | models | data`. Each command calls public functions."""
+"""The command line: `factlens trace | average | report | edit | ...`. Each command calls public functions."""
 
 from __future__ import annotations
 
 import typer
 
+from factlens.commands.applying import apply, diff
 from factlens.commands.averaging import average, report
+from factlens.commands.editing import edit
+from factlens.commands.evaluating import evaluate, sweep
 from factlens.commands.listing import data, models_command
+from factlens.commands.statistics import stats
 from factlens.commands.tracing import trace
 
 app = typer.Typer(
@@ -17,10 +21,10 @@ app = typer.Typer(
     help=(
         "Where does a language model store a fact, and can it be changed there?\n\n"
         "Start with [bold]factlens trace[/bold]: with no arguments it traces a fact on atlas, the small model "
-        "that ships with factlens, offline and in seconds."
+        "that ships with factlens, offline and in seconds. [bold]factlens edit[/bold] then changes one."
     ),
 )
-for command in (trace, average, report, data):
+for command in (trace, average, report, edit, apply, diff, stats, evaluate, sweep, data):
     app.command()(command)
 app.command(name="models")(models_command)
 

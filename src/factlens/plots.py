@@ -1,7 +1,8 @@
 """Frames to plotly figures. Nothing is computed here but where to draw.
 
 A trace draws single facts (`heatmap`), an averaged frame the paper's Figures 2, 3 and 7 (`heatmap`, `severed`,
-`lines`) and small multiples (`models`); stored frames draw without a model. `save` writes a figure to a file.
+`lines`) and small multiples (`models`); stored frames draw without a model. Of edits: `losses`, `matrix`, `ranking`, and
+`compared` for a trace before and after. `save` writes a figure to a file.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,10 @@ import plotly.graph_objects as go
 
 from factlens import average_plots, trace_plots
 from factlens.average_plots import models as models
+from factlens.edit_plots import compared as compared
+from factlens.edit_plots import losses as losses
+from factlens.edit_plots import matrix as matrix
+from factlens.edit_plots import ranking as ranking
 from factlens.errors import PlanError
 from factlens.images import save as save
 from factlens.line_plots import lines as lines
@@ -20,7 +25,19 @@ from factlens.scatter_plots import agreement as agreement
 from factlens.styles import escape as escape
 from factlens.traces import Trace
 
-__all__ = ["agreement", "escape", "heatmap", "lines", "models", "save", "severed"]
+__all__ = [
+    "agreement",
+    "compared",
+    "escape",
+    "heatmap",
+    "lines",
+    "losses",
+    "matrix",
+    "models",
+    "ranking",
+    "save",
+    "severed",
+]
 
 
 def heatmap(

@@ -211,7 +211,8 @@ def _plain(text: object) -> str:
 
 
 def _show_weights(stored: Edit, hooked: Model | None) -> None:
-    from factlens import fingerprint, models
+    from factlens import models
+    from factlens.fingerprints import fingerprint
 
     if hooked is not None and fingerprint(hooked) != stored.info.get("fingerprint"):
         print("note: this model's weights are not those the edit was made for", file=sys.stderr)

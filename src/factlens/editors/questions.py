@@ -32,6 +32,26 @@ class Question:
     starts: tuple[int, ...]
     """For each row, the position that predicts the target's first token; of the last row, where the KL is taken."""
 
+    @property
+    def spellings(self) -> list[list[int]]:
+        """The contexts' rows by the token at which they look up, and the essence prompt if its token is another.
+
+        A name is often other tokens at the beginning of a sentence, where the essence prompt has it.
+        """
+        found: dict[int, list[int]] = {}
+        for row in self.contexts:
+            found.setdefault(self._token(row), []).append(row)
+        last = len(self.rows) - 1
+        return [*found.values(), *([] if self._token(last) in found else [[last]])]
+
+    def _token(self, row: int) -> int:
+        return int(self.rows[row][self.lookups[row]])
+
+    @property
+    def reach(self) -> int:
+        """How many tokens the lookup token and those after it are, at most."""
+        return max(len(row) - at for row, at in zip(self.rows, self.lookups, strict=True))
+
 
 def question(
     model: Model,

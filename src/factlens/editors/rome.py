@@ -179,25 +179,35 @@ def _values(
         say_traps(rewrite)
         places = {"fact_token": plan.fact_token, "kl_at": plan.kl_at}
         questions.append(question(model, rewrite, contexts, **places))
-    found: list[Value] = []
-    for begin in range(0, len(questions), together):
-        part = questions[begin : begin + together]
+    # Rows of a batch are padded to its longest: those that are alike go together.
+    order = sorted(range(len(questions)), key=lambda n: questions[n].reach)
+    found: dict[int, Value] = {}
+    for begin in range(0, len(order), together):
+        part = order[begin : begin + together]
 
         def tell(done: int, total: int, begin: int = begin, count: int = len(part)) -> None:
             progress(begin * total + done * count, len(questions) * total)
 
-        found += optimise(model, part, plan, engine=engine, progress=tell)
-    return found
+        asked = [questions[number] for number in part]
+        values = optimise(model, asked, plan, engine=engine, progress=tell)
+        found |= dict(zip(part, values, strict=True))
+    return [found[number] for number in range(len(questions))]
 
 
 def _change(values: Sequence[Value], plan: ROMEConfig, factor: Factor) -> RankOne | LowRank:
-    keys = torch.stack([value.key for value in values])
+    keys = [
+        value.spellings if plan.value_key == "spellings" else value.key[None] for value in values
+    ]
     at = torch.stack([value.bare_key for value in values]) if plan.value_key == "prompt" else None
-    shifts = torch.stack([value.shift for value in values])
-    change = insert_several(keys, shifts, factor, at)
+    shifts = torch.cat(
+        [value.shift.expand(len(own), -1) for own, value in zip(keys, values, strict=True)]
+    )
+    change = insert_several(torch.cat(keys), shifts, factor, at)
+    # All spellings of a subject move by one shift: their columns are one.
+    lefts = torch.stack([part.sum(1) for part in change.left.split(list(map(len, keys)), 1)], 1)
     if len(values) > 1:
-        return change
-    return RankOne(left=change.left[:, 0], right=change.right[0])
+        return LowRank(left=lefts, right=torch.stack([value.shift for value in values]))
+    return RankOne(left=lefts[:, 0], right=values[0].shift)
 
 
 def _edit(
@@ -218,6 +228,7 @@ def _edit(
             "loss_last": float(value.losses["loss"].iloc[-1]),
             "shift_over_v0": float(value.shift.norm() / value.bare_output.norm()),
             "engine": value.engine,
+            "losses": value.losses.to_dict("list"),
         }
         for value in values
     ]

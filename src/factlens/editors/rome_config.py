@@ -15,7 +15,7 @@ from factlens.models import Model
 METHOD = "ROME"
 FACT_TOKENS = ("subject-last", "subject-first", "first-after", "last")
 KL_PLACES = ("subject-last", "prompt-end")
-VALUE_KEYS = ("mean", "prompt")
+VALUE_KEYS = ("mean", "prompt", "spellings")
 CONTEXTS = ("rome", "paper")
 MOMENTS = ("statistics", "identity")
 MOMENT_TOKENS = ("auto", "paper")
@@ -52,7 +52,9 @@ class ROMEConfig:
     kl_at: str = "subject-last"
     """Where in "{subject} is a" the KL is taken: at the subject's last token (the code), or at the "prompt-end" (the paper)."""
     value_key: str = "mean"
-    """The key by which the update is scaled: the "mean" over contexts as in Eq. 2, or the bare "prompt"'s as in the official code."""
+    """The key that the update answers exactly: the "mean" over contexts as in Eq. 2, or the bare "prompt"'s as in the official code.
+    "spellings" adds to Eq. 2 an equation for each token by which the subject ends: many a name is other tokens at the beginning of a
+    sentence than within it, and a mean over both is neither. Still of rank one."""
     contexts: str | tuple[str, ...] = "rome"
     """The bare prompt and sampled prefixes: "rome" is the code's 21 (10 of 5 and 10 of 10 tokens, the start token counted, top-k 5),
     "paper" 50 of 2 to 10 tokens; or templates, each with one `{}` for the prompt."""

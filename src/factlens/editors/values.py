@@ -37,6 +37,8 @@ class Value:
     """k*, the mean over the contexts (Eq. 3)."""
     bare_key: Float[Tensor, " d_mlp"]
     """The bare prompt's own key."""
+    spellings: Float[Tensor, "spelling d_mlp"]
+    """A mean key for each token by which the subject ends, in the contexts or in "{subject} is a"."""
     output: Float[Tensor, " d_model"]
     """The MLP's output at the lookup token, mean over the contexts, bias included."""
     bare_output: Float[Tensor, " d_model"]
@@ -273,6 +275,9 @@ def _value(question: Question, cut: Tails, offset: int, path: _Path, used: str) 
         layer=cut.layer,
         key=cut.keys[own].mean(dim=0),
         bare_key=cut.keys[offset],
+        spellings=torch.stack(
+            [cut.keys[[offset + row for row in rows]].mean(dim=0) for rows in question.spellings]
+        ),
         output=cut.outputs[own].mean(dim=0),
         bare_output=cut.outputs[offset],
         shift=path.shifts[-1],

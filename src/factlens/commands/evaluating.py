@@ -1,0 +1,252 @@
+"""`factlens evaluate` and `factlens sweep`: how well edits hold, and where they hold best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from factlens.commands.options import Device, ModelName, Precision
+from factlens.commands.shared import check_writable, clear_errors, load, usage
+from factlens.terminal import console, print_table, progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import pandas as pd
+
+    from factlens.benchmarks.counterfact import Record
+    from factlens.models import Model
+
+Records = Annotated[
+    Path | None,
+    typer.Option(
+        "--records", help="A file in CounterFact's form; without it atlas-CounterFact, bundled."
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(help="Settings: YAML, the official JSON, or one of EasyEdit's YAML files."),
+]
+SHOWN = ("S", "ES", "PS", "NS", "retention")
+
+
+def evaluate(
+    model: ModelName = "atlas",
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many records.")] = 200,
+    records: Records = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", "-l", help="0-based; the config's without it.")
+    ] = None,
+    clamp: Annotated[
+        float | None, typer.Option(help="Bound of the shift, as a multiple of ‖v0‖.")
+    ] = None,
+    config: ConfigFile = None,
+    control: Annotated[
+        bool,
+        typer.Option(help="Also the unedited model, and ROME with the identity for C."),
+    ] = True,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for records.parquet and table.csv.")
+    ] = Path("runs/evaluation"),
+    device: Device = None,
+    dtype: Precision = "float32",
+) -> None:
+    """Edit each record by itself, measure it, undo it: efficacy, paraphrases, neighbours, and the subject's other facts.
+
+    ES, PS and NS are shares of prompts (ROME, Section 3.3), EM, PM and NM differences of probability, S the harmonic mean of
+    the first three; all in per cent, with 95 % intervals over records. All of them are in table.csv. Retention is the share of the subject's other facts,
+    known before, that survive: the damage that S does not show.
+
+    Examples:
+
+      factlens evaluate
+
+      factlens evaluate --n 50 --layer 3 --clamp 2 --no-control
+
+      factlens evaluate --model gpt2-xl --records counterfact.json --n 1000
+    """
+    from factlens.editors.rome import rome
+
+    with clear_errors():
+        check_writable(out)
+        settings = _settings(config, layer, clamp)
+        hooked = load(model, device, dtype)
+        chosen, others = _records(hooked, records, n, "test")
+        plans: list[tuple[str, Any, Any]] = [("rome", rome, settings)]
+        if control:
+            plans = [
+                ("none", None, None),
+                ("C = identity", rome, {**settings, "moment": "identity"}),
+                *plans,
+            ]
+        frames = []
+        for label, editor, given in plans:
+            frames.append(_measured(hooked, editor, chosen, given, others, label))
+            _write(frames, out)
+        _show(frames)
+        failed = int((frames[-1]["reason"] != "").sum())
+        if failed:
+            reason = frames[-1].loc[frames[-1]["reason"] != "", "reason"].iloc[0]
+            console().print(f"{failed} records had no edit, such as: {reason}", markup=False)
+        console().print(str(out / "records.parquet"), soft_wrap=True, markup=False)
+
+
+def sweep(
+    model: ModelName = "atlas",
+    layer: Annotated[
+        list[int] | None, typer.Option("--layer", "-l", help="Repeat for several; all without it.")
+    ] = None,
+    clamp: Annotated[
+        list[float] | None,
+        typer.Option(help="Bounds of the shift, as multiples of ‖v0‖; repeat for several."),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many records.")] = 100,
+    records: Records = None,
+    config: ConfigFile = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for sweep.csv.")] = Path(
+        "runs/sweep"
+    ),
+    device: Device = None,
+    dtype: Precision = "float32",
+) -> None:
+    """Evaluate ROME at several layers and clamps, on records that `factlens evaluate` does not use.
+
+    The one marked is within a point of the highest S and keeps most of the subject's other facts.
+
+    Examples:
+
+      factlens sweep --n 50
+
+      factlens sweep --layer 1 --layer 2 --clamp 1.5 --clamp 2.5 --clamp 4
+    """
+    from factlens.editors.rome import rome
+    from factlens.files import written_whole
+    from factlens.models import n_layers
+    from factlens.sweeps import best
+    from factlens.sweeps import sweep as run
+
+    with clear_errors():
+        check_writable(out)
+        settings = _settings(config, None, None)
+        hooked = load(model, device, dtype)
+        chosen, _ = _records(hooked, records, n, "tune")
+        grid: dict[str, Sequence[Any]] = {"layer": layer or list(range(n_layers(hooked)))}
+        if clamp:
+            grid["max_norm_ratio"] = clamp
+        with progress("editing") as tell:
+            swept = run(
+                hooked,
+                rome,
+                chosen,
+                grid,
+                config=settings,
+                progress=lambda done, total: tell(done, total, ""),
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        with written_whole(out / "sweep.csv") as partial:
+            swept.to_csv(partial, index=False)
+        taken = best(swept)
+        columns = ("", *grid, *SHOWN, "n")
+        rows = [
+            ("*" if row.name == taken.name else "", *[row[c] for c in grid], *_cells(row), row["n"])
+            for _, row in swept.iterrows()
+        ]
+        print_table(columns, rows)
+        console().print(str(out / "sweep.csv"), soft_wrap=True, markup=False)
+
+
+def _settings(config: Path | None, layer: int | None, clamp: float | None) -> dict[str, Any]:
+    """What differs from the model's own settings."""
+    from factlens.editors.rome_config import as_mapping, read_rome_config
+
+    settings = as_mapping(read_rome_config(config)) if config is not None else {}
+    if layer is not None:
+        settings["layer"] = layer
+    if clamp is not None:
+        settings["max_norm_ratio"] = clamp
+    return settings
+
+
+def _records(
+    model: Model, given: Path | None, n: int, part: str
+) -> tuple[list[Record], Callable[..., Sequence[Any]]]:
+    """The first `n` records of a file, or of the bundled ones' test or tune part; and where their subjects' other facts are."""
+    from factlens.benchmarks.atlas_counterfact import counterfact, other_facts
+    from factlens.benchmarks.counterfact import read_records
+
+    if given is not None:
+        found = read_records(given)
+        return list(found[:n]), lambda record: ()
+    with progress("asking") as tell:
+        bundled = counterfact(model, progress=lambda done, total: tell(done, total, ""))
+    found = getattr(bundled, part)
+    if not found:
+        raise usage(f"the model knows none of the bundled facts that {part} records are made of")
+    return list(found[:n]), other_facts
+
+
+def _measured(
+    model: Model,
+    editor: Any,
+    records: Sequence[Record],
+    settings: Any,
+    others: Callable[..., Sequence[Any]],
+    label: str,
+) -> pd.DataFrame:
+    import warnings
+
+    from factlens.errors import FactWarning
+    from factlens.evaluation import evaluate as run
+
+    with progress(label) as tell, warnings.catch_warnings():
+        # An edit that does not take is in the scores; a line for each of hundreds would hide them.
+        warnings.filterwarnings("ignore", category=FactWarning, message=".*(did not take|already)")
+        return run(
+            model,
+            editor,
+            records,
+            config=settings,
+            others=others,
+            label=label,
+            progress=lambda done, total: tell(done, total, ""),
+        )
+
+
+def _write(frames: Sequence[pd.DataFrame], out: Path) -> None:
+    import pandas as pd
+
+    from factlens.evaluation import table
+    from factlens.files import written_whole
+
+    out.mkdir(parents=True, exist_ok=True)
+    whole = pd.concat(frames, ignore_index=True)
+    with written_whole(out / "records.parquet") as partial:
+        whole.to_parquet(partial)
+    with written_whole(out / "table.csv") as partial:
+        table(whole).to_csv(partial, index=False)
+
+
+def _show(frames: Sequence[pd.DataFrame]) -> None:
+    import pandas as pd
+
+    from factlens.evaluation import table
+
+    found = table(pd.concat(frames, ignore_index=True))
+    rows = [(row["editor"], *_cells(row), row["n"]) for _, row in found.iterrows()]
+    print_table(("editor", *SHOWN, "n"), rows)
+    console().print(
+        f"{found['protocol'].iloc[0]}; per cent, ± half of the 95 % interval; retention over "
+        f"{', '.join(map(str, found['n_retention']))} records whose subject has other known facts",
+        style="dim",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _cells(row: Any) -> list[str]:
+    return [
+        f"{row[name]:.1f}" + (f" ±{row[f'{name}_margin']:.1f}" if name != "S" else "")
+        for name in SHOWN
+    ]

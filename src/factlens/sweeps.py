@@ -1,0 +1,58 @@
+"""The same records under several settings of an editor: how a layer or a bound is chosen."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import pandas as pd
+
+from factlens.benchmarks.counterfact import Record
+from factlens.editors import Editor
+from factlens.engines.problems import Progress, no_progress
+from factlens.errors import PlanError
+from factlens.evaluation import evaluate, table
+from factlens.models import Model
+
+
+def sweep(
+    model: Model,
+    editor: Editor,
+    records: Iterable[Record],
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress = no_progress,
+) -> pd.DataFrame:
+    """Evaluate every combination of `grid` (setting -> values) on the same records.
+
+    One row for each: the settings, then the columns of `evaluation.table`, best first (`best`). What is chosen here is to be
+    reported on other records. `config` holds the settings that stay.
+
+    Raises:
+        PlanError: nothing to choose from.
+    """
+    chosen = list(records)
+    if not chosen or not grid or not all(grid.values()):
+        raise PlanError("a sweep needs records, and at least one value of each setting")
+    combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    total, rows = len(combinations) * len(chosen), []
+    for number, settings in enumerate(combinations):
+
+        def tell(done: int, of: int, number: int = number) -> None:
+            progress(number * len(chosen) + done, total)
+
+        frame = evaluate(
+            model, editor, chosen, config={**(config or {}), **settings}, progress=tell
+        )
+        row = table(frame).iloc[0].to_dict()
+        rows.append({**settings, **row})
+    return pd.DataFrame(rows).sort_values(["S", "retention"], ascending=False, kind="stable")
+
+
+def best(swept: pd.DataFrame, slack: float = 1.0) -> pd.Series:
+    """The row to take: of those whose S is within `slack` points of the highest, the one that keeps most of the subject's other facts.
+
+    S alone does not see that damage, and differences of less than a point are noise on a hundred records.
+    """
+    good = swept[swept["S"] >= swept["S"].max() - slack]
+    return good.sort_values(["retention", "S"], ascending=False, kind="stable").iloc[0]
