@@ -25,7 +25,7 @@ override OUT := $(value OUT)
 override FACTS := $(value FACTS)
 export MODEL PROMPT SUBJECT TARGET OUT FACTS
 
-.PHONY: help setup trace average report edit stats evaluate paper test test-hooked-transformer check format bench notebooks figures atlas clean
+.PHONY: help setup trace average report edit stats evaluate paper test test-hooked-transformer check format bench bench-edits notebooks figures atlas clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 28
@@ -90,9 +90,9 @@ paper: $(VENV)/installed $(RAY)  ## Every figure and table of the paper that the
 test: $(VENV)/installed-dev  ## The tests
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-hooked-transformer:  ## The engine tests under TransformerLens 3.9, in an environment of their own
+test-hooked-transformer:  ## Engines and edits under TransformerLens 3.9, in an environment of its own
 	@$(MAKE) --no-print-directory .venv-3.9/installed
-	@.venv-3.9/bin/python -m pytest tests/test_hooked_transformer.py $(ARGS)
+	@.venv-3.9/bin/python -m pytest tests/test_hooked_transformer.py tests/test_generation.py tests/test_exports.py tests/test_edits.py $(ARGS)
 
 .venv-3.9/installed: pyproject.toml constraints.txt
 	@test -x .venv-3.9/bin/python || $(PYTHON) -m venv .venv-3.9
@@ -113,6 +113,9 @@ format: $(VENV)/installed-dev  ## Let ruff format and fix what it can
 
 bench: $(VENV)/installed  ## One-pass against plain, in one process; ARGS="--quick" for a short look
 	@$(BIN)/python -m factlens.benchmark $(ARGS)
+
+bench-edits: $(VENV)/installed  ## An edit against the official procedure, in one process; ARGS="--quick"
+	@$(BIN)/python -m factlens.edit_benchmark $(ARGS)
 
 notebooks: $(VENV)/installed-dev  ## Execute every notebook
 	@$(BIN)/python -m pytest -n 0 -m notebooks tests/test_notebooks.py $(ARGS)

@@ -68,13 +68,13 @@ def test_needed_flops_are_what_torch_counts(family_model, layer, lookup):
 def test_needed_flops_grow_with_what_is_run():
     numbers = {"n_layers": 4, "d_model": 8, "d_head": 4, "n_heads": 2, "d_mlp": 32, "d_vocab": 90}
 
-    def of(rows: Question = asked(), layer: int = 1, steps: int = 5, **changes: int) -> float:
-        return edit_benchmark.needed_flops(
-            SimpleNamespace(**{**numbers, **changes}), rows, layer, steps
-        )
+    def of(rows: Question, layer: int = 1, steps: int = 5, **changes: int) -> float:
+        config = SimpleNamespace(**{**numbers, **changes})
+        return edit_benchmark.needed_flops(config, rows, layer, steps)
 
-    assert of(steps=1) < of(layer=3) < of(layer=2) < of() < of(layer=0) < of(asked(1), layer=0)
-    assert of() < of(steps=6) < of(steps=6, d_vocab=91) < of(asked(rows=5), steps=6, d_vocab=91)
+    some, more, earlier = asked(), asked(rows=5), asked(lookup=1)
+    assert of(some, 3) < of(some, 2) < of(some, 1) < of(some, 0) < of(earlier, 0)
+    assert of(some, steps=1) < of(some) < of(some, d_vocab=91) < of(more, d_vocab=91)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,7 +110,7 @@ def test_the_table_is_printed_whole(monkeypatch):
     app.command()(edit_benchmark.main)
     told = CliRunner().invoke(app, ["--quick", "--device", "cpu"])
     assert told.exit_code == 0, told.output
-    tables = [line for line in told.output.splitlines() if line.startswith("|")]
+    tables = [line for line in told.stdout.splitlines() if line.startswith("|")]
     counts = [line.count("|") for line in tables]
     assert counts == [13] * 3 + [8] * 3
     assert re.search(r"\| atlas \| 1 \| .*\d\.\dx.*\| \de-0[5-9] \|$", tables[2])

@@ -37,6 +37,11 @@ def progress(what: str) -> Iterator[Any]:
         yield tell
 
 
+def plain(text: object) -> str:
+    """Text from a file or a model without what a terminal would obey."""
+    return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in str(text))
+
+
 def print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """A table without lines; numbers to the right, floats with four digits."""
     from rich.table import Table

@@ -11,7 +11,7 @@ import typer
 
 from factlens.commands.options import Device
 from factlens.commands.shared import check_writable, clear_errors, load, usage
-from factlens.terminal import console, print_table
+from factlens.terminal import console, plain, print_table
 
 if TYPE_CHECKING:
     from factlens.edits import Edit
@@ -93,7 +93,7 @@ def apply(
         with applied(hooked, stored, strict=not force):
             after = generate(hooked, asked, max_new_tokens=tokens)
         rows = [
-            (_plain(text), _plain(old[len(text) :]).strip(), _plain(new[len(text) :]).strip())
+            (plain(text), plain(old[len(text) :]).strip(), plain(new[len(text) :]).strip())
             for text, old, new in zip(asked, before, after, strict=True)
         ]
         print_table(("prompt", "before", "after"), rows)
@@ -205,11 +205,6 @@ def _local(name: str) -> bool:
 # -- what is shown ---------------------------------------------------------------------------------
 
 
-def _plain(text: object) -> str:
-    """Text from a file or a model without what a terminal would obey."""
-    return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in str(text))
-
-
 def _show_weights(stored: Edit, hooked: Model | None) -> None:
     from factlens import models
     from factlens.fingerprints import fingerprint
@@ -227,18 +222,18 @@ def _show_weights(stored: Edit, hooked: Model | None) -> None:
 def _show_origin(stored: Edit) -> None:
     info, versions = stored.info, stored.info.get("versions")
     rows = [
-        (key, _plain(info[key])[:80])
+        (key, plain(info[key])[:80])
         for key in ("model", "fingerprint", "processing", "dtype", "device", "editor")
         if info.get(key) is not None
     ]
     if info.get("config"):
-        rows.append(("config", _plain(json.dumps(info["config"], ensure_ascii=False))[:2000]))
+        rows.append(("config", plain(json.dumps(info["config"], ensure_ascii=False))[:2000]))
     if isinstance(versions, dict):
-        rows.append(("versions", _plain(", ".join(f"{k} {v}" for k, v in versions.items()))[:200]))
+        rows.append(("versions", plain(", ".join(f"{k} {v}" for k, v in versions.items()))[:200]))
     if rows:
         print_table(("made with", ""), rows)
     facts = [
-        (_plain(each.prompt), _plain(each.subject), _plain(each.true or ""), _plain(each.target))
+        (plain(each.prompt), plain(each.subject), plain(each.true or ""), plain(each.target))
         for each in stored.rewrites
     ]
     if facts:
@@ -266,7 +261,7 @@ def _show_next(hooked: Any, stored: Edit, text: str, top: int, strict: bool) -> 
     before = _next(hooked, text, top)
     with applied(hooked, stored, strict=strict):
         after = _next(hooked, text, top)
-    console().print(_plain(text), style="bold", soft_wrap=True, markup=False)
+    console().print(plain(text), style="bold", soft_wrap=True, markup=False)
     rows = [(*old, *new) for old, new in zip(before, after, strict=True)]
     print_table(("before", "prob", "after", "prob"), rows)
 
@@ -288,6 +283,6 @@ def _next(hooked: Any, text: str, top: int) -> list[tuple[str, float]]:
     prob = runs.logits_of(hooked, torch.tensor([ids]), keep=1)[0, -1].float().softmax(-1)
     values, tokens = prob.topk(min(top, len(prob)))
     return [
-        (_plain(tokenizer.decode([token])).strip() or "␣", float(value))
+        (plain(tokenizer.decode([token])).strip() or "␣", float(value))
         for value, token in zip(values.tolist(), tokens.tolist(), strict=True)
     ]

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from factlens.commands.edit_plans import questions_of, show_plan
 from factlens.commands.options import Device, ModelName, Precision
 from factlens.commands.shared import check_writable, clear_errors, load, usage
-from factlens.terminal import console, print_table, progress
+from factlens.terminal import console, plain, print_table, progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from factlens.benchmarks.counterfact import Record
     from factlens.corpora import Corpus
     from factlens.edit_pages import Asked, Outcome
-    from factlens.editors.questions import Question
     from factlens.editors.rome_config import ROMEConfig
     from factlens.edits import Edit
     from factlens.facts import Rewrite
@@ -34,8 +34,6 @@ WRITTEN = 6
 """At most so many texts are begun where no --prompt says which."""
 TRACED = 200_000_000
 """Up to so many parameters the edited prompt is traced too; more only on a GPU."""
-COLUMNS = ("prompt", "subject", "target", "true")
-"""Of a file of rewrites; the last may be left out."""
 Given = list[tuple["Rewrite", "Record | None"]]
 
 
@@ -142,7 +140,7 @@ def edit(
         plan = _plan(hooked, config, layer, clamp, stats_tokens)
         corpus = _corpus(text or [], dataset)
         if dry_run:
-            _show_plan(hooked, [rewrite for rewrite, _ in given], plan, corpus)
+            show_plan(hooked, [rewrite for rewrite, _ in given], plan, corpus)
             return
         asked = _asked(given, paraphrase or [], neighbour or [])
         written = generation or _beginnings(given)
@@ -159,11 +157,15 @@ def _given(
 ) -> Given:
     """The rewrites, each with the record that has its paraphrases and neighbours, if there is one."""
     from factlens.facts import Rewrite
+    from factlens.rewrites import read_rewrites
 
     if file is not None:
         if prompt is not None or subject is not None or target is not None or more:
             raise usage("--rewrites brings its own prompts; give it, or a prompt and its options")
-        return _read_rewrites(file)
+        return [
+            (rewrite, record) if record else _with_record(rewrite)
+            for rewrite, record in read_rewrites(file)
+        ]
     if prompt is None:
         prompt, subject = DEFAULT_PROMPT, subject or DEFAULT_SUBJECT
         target = DEFAULT_TARGET if target is None else target
@@ -184,58 +186,6 @@ def _with_record(rewrite: Rewrite) -> tuple[Rewrite, Record | None]:
     if record is None or rewrite.true is not None:
         return rewrite, record
     return replace(rewrite, true=record.target_true.text), record
-
-
-def _read_rewrites(path: Path) -> Given:
-    """Rewrites of CounterFact's .json with their records, or of a table with `prompt, subject, target` and maybe `true`."""
-    from factlens.benchmarks.counterfact import read_records
-    from factlens.errors import FactError, FactFileError
-    from factlens.facts import Rewrite
-
-    if path.suffix.lower() == ".json":
-        return [(record.rewrite, record) for record in read_records(path)]
-    found: Given = []
-    for number, row in enumerate(_rows(path)):
-        named: dict[str, Any] = {name: row.get(name) or None for name in COLUMNS}
-        where = f"{path}, record {number}"
-        if missing := [name for name in COLUMNS[:3] if named[name] is None]:
-            raise FactFileError(
-                f"{where}: no {', '.join(missing)}; it has {', '.join(map(str, row)) or 'nothing'}"
-            )
-        if wrong := [name for name in COLUMNS if not isinstance(named[name], str | None)]:
-            raise FactFileError(f"{where}: {wrong[0]} must be text, not {named[wrong[0]]!r}")
-        if None in row:
-            raise FactFileError(f"{where}: more cells than columns; quote prompts that hold commas")
-        try:
-            rewrite = Rewrite(**named)
-        except FactError as error:
-            raise FactFileError(f"{where}: {error}") from None
-        found.append(_with_record(rewrite))
-    if not found:
-        raise FactFileError(f"{path} holds no rewrites")
-    return found
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The records of a .csv or .jsonl file."""
-    import csv
-    import json
-
-    from factlens.errors import FactFileError
-
-    ending = path.suffix.lower()
-    if ending not in (".csv", ".jsonl"):
-        raise FactFileError(f"{path} is none of .csv, .jsonl, .json; rewrites are read from those")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if ending == ".csv":
-                return list(csv.DictReader(file, strict=True))
-            rows = [json.loads(line) for line in file if line.strip()]
-    except OSError as error:
-        raise FactFileError(f"cannot read the rewrites {path}: {error.strerror}") from None
-    except (csv.Error, ValueError, RecursionError) as error:
-        raise FactFileError(f"{path} is not {ending[1:].upper()} in UTF-8: {error}") from None
-    return [row if isinstance(row, dict) else {} for row in rows]
 
 
 def _plan(
@@ -299,7 +249,7 @@ def _edited(
     from factlens.edits import applied
     from factlens.generation import generate
 
-    _questions(model, [rewrite for rewrite, _ in given], plan)
+    questions_of(model, [rewrite for rewrite, _ in given], plan)
     before, texts = answers(model, asked), generate(model, written, max_new_tokens=tokens)
     begun = time.perf_counter()
     moment = _moment(model, plan, corpus)
@@ -370,28 +320,23 @@ def _save(made: Edit, out: Path) -> Path:
 # -- what is shown ---------------------------------------------------------------------------------
 
 
-def _plain(text: object) -> str:
-    """Text from a file or a model without what a terminal would obey."""
-    return "".join(each if each.isprintable() else "\ufffd" for each in str(text))
-
-
 def _show(outcome: Outcome) -> None:
     from factlens.edit_pages import took
 
     rewrites = outcome.edit.rewrites
     for rewrite, result in list(zip(rewrites, outcome.results, strict=True))[:SHOWN]:
-        line = f"{_plain(rewrite.prompt)} → {_plain(rewrite.target)}: {took(result)}"
+        line = f"{plain(rewrite.prompt)} → {plain(rewrite.target)}: {took(result)}"
         console().print(line, style="bold", soft_wrap=True, markup=False)
-    new = f"p({_plain(rewrites[0].target)})" if len(rewrites) == 1 else "p(new)"
+    new = f"p({plain(rewrites[0].target)})" if len(rewrites) == 1 else "p(new)"
     # The edited prompts first: there may be more rows than are shown.
     table = outcome.table.sort_values("kind", key=lambda kind: kind != "edited", kind="stable")
     rows = [
         (
             row.kind,
-            _plain(row.prompt),
+            plain(row.prompt),
             f"{row.p_target_before:.3f} → {row.p_target_after:.3f}",
             "" if row.true == "" else f"{row.p_true_before:.3f} → {row.p_true_after:.3f}",
-            _plain(f"{row.says_before} → {row.says_after}"),
+            plain(f"{row.says_before} → {row.says_after}"),
         )
         for row in table.head(SHOWN).itertuples(index=False)
     ]
@@ -400,7 +345,7 @@ def _show(outcome: Outcome) -> None:
         console().print(f"… and {len(table) - SHOWN} more rows on the page")
     console().print()
     texts = outcome.texts.itertuples(index=False)
-    print_table(("writes", "before", "after"), [tuple(map(_plain, row)) for row in texts])
+    print_table(("writes", "before", "after"), [tuple(map(plain, row)) for row in texts])
     console().print()
     _show_change(outcome)
 
@@ -427,7 +372,7 @@ def _show_change(outcome: Outcome) -> None:
         keys = f"{about['tokens']} keys of {keys}, {ridge}"
     seconds = ", ".join(f"{name} {taken:.1f} s" for name, taken in outcome.seconds.items())
     line = f"statistics: {keys}; time: {seconds}"
-    console().print(_plain(line), style="dim", soft_wrap=True, markup=False)
+    console().print(plain(line), style="dim", soft_wrap=True, markup=False)
 
 
 def _write_page(outcome: Outcome, name: str, out: Path) -> None:
@@ -443,103 +388,5 @@ def _write_page(outcome: Outcome, name: str, out: Path) -> None:
     words = ["factlens", "apply", str(stored), "--prompt", outcome.edit.rewrites[0].prompt]
     if Path(name).exists():  # An edit knows its model by the last part of the path.
         words += ["--model", name]
-    for line in (f"{stored} ({size})", str(page), f"go on: {_plain(shlex.join(words))}"):
+    for line in (f"{stored} ({size})", str(page), f"go on: {plain(shlex.join(words))}"):
         console().print(line, soft_wrap=True, markup=False)
-
-
-# -- dry run ---------------------------------------------------------------------------------------
-
-
-def _show_plan(
-    model: Model, rewrites: Sequence[Rewrite], plan: ROMEConfig, corpus: Corpus | None
-) -> None:
-    from factlens import models
-    from factlens.editors.contexts import contexts_for
-    from factlens.editors.questions import say_traps
-
-    for rewrite in rewrites:
-        say_traps(rewrite)
-    layer, contexts = int(str(plan.layer)), contexts_for(model, plan.contexts, plan.seed)
-    asked = _questions(model, rewrites, plan, contexts)
-    columns = ("tokens, the lookup in [ ]", "target", "p(target)", "says now")
-    print_table(columns, _planned(model, asked[:SHOWN]))
-    if len(asked) > SHOWN:
-        console().print(f"… and {len(asked) - SHOWN} more rewrites")
-    console().print()
-    sides = models.W_out(model, layer).shape
-    kind = "sampled" if isinstance(plan.contexts, str) else "given"
-    size = 4 * len(rewrites) * sum(sides) / 1e3
-    rows = [
-        ("weight", f"{models.W_out_name(layer)} ({sides[0]} neurons x {sides[1]})"),
-        ("layer", f"{layer} of {models.n_layers(model)}, from 0"),
-        ("contexts", f"{len(contexts)}, {kind}"),
-        ("steps", f"at most {plan.steps}, to a shift of at most {plan.max_norm_ratio:g} |v0|"),
-        ("statistics", _statistics(model, layer, plan, corpus)),
-        ("file", f"{size:.0f} kB; a dry run writes nothing"),
-    ]
-    print_table(("what", "how"), rows)
-
-
-def _questions(
-    model: Model, rewrites: Sequence[Rewrite], plan: ROMEConfig, contexts: Sequence[str] = ("{}",)
-) -> list[Question]:
-    """The rewrites tokenised behind each context; what cannot be edited is refused here, before the work."""
-    from factlens.editors.questions import question
-
-    places = {"fact_token": plan.fact_token, "kl_at": plan.kl_at}
-    return [question(model, rewrite, contexts, **places) for rewrite in rewrites]
-
-
-def _planned(model: Model, asked: Sequence[Question]) -> list[tuple[Any, ...]]:
-    """The tokens of each prompt with the lookup marked, its target's with their spaces, and what the model says now."""
-    from factlens import models
-    from factlens.edit_pages import Asked, answers
-
-    decode, rows = models.tokenizer(model).decode, []
-    now = answers(model, [Asked("edited", q.rewrite.prompt, q.rewrite.target) for q in asked])
-    for each, said in zip(asked, now.itertuples(index=False), strict=True):
-        words = [decode([token]) for token in each.rows[0].tolist()[: each.starts[0] + 1]]
-        words[each.lookups[0]] = f"[{words[each.lookups[0]]}]"
-        target = " ".join(repr(decode([token])) for token in each.target.tolist())
-        already = ": already the target" if said.says == each.rewrite.target else ""
-        rows.append(
-            (
-                _plain("|".join(words)),
-                _plain(target),
-                float(said.p_target),
-                _plain(said.says) + already,
-            )
-        )
-    return rows  # fmt: skip
-
-
-def _statistics(model: Model, layer: int, plan: ROMEConfig, corpus: Corpus | None) -> str:
-    """Which statistics are there, or what gathering them takes."""
-    from factlens import key_statistics, models
-    from factlens.errors import MomentError
-    from factlens.statistics_costs import estimate
-
-    if plan.moment == "identity":
-        return "none: C is the identity"
-    bundled, tokens = key_statistics.is_bundled(model), plan.moment_tokens
-    if corpus is None and tokens is None:
-        stored = key_statistics.shelf_of(model).most(layer)
-        enough = key_statistics.AUTO_KEYS * models.W_out(model, layer).shape[0] if bundled else 1
-        if stored is not None and stored.count >= enough:
-            return f"stored: {stored.count} keys of {stored.about.get('corpus')}"
-    try:
-        corpus = corpus or key_statistics.default_corpus(model)
-    except MomentError as error:
-        return f"missing: {error}"
-    amount = key_statistics.default_tokens(model, corpus) if tokens is None else tokens
-    if key_statistics.file_of(model, layer, corpus, tokens=amount).exists():
-        return f"stored: keys of {corpus.name}"
-    with console(stderr=True).status("measuring"):
-        layers = range(models.n_layers(model)) if bundled else [layer]
-        cost = estimate(model, layers, corpus, tokens=amount)
-    keys = f"{cost.tokens or 'all'} keys of {corpus.name}"
-    rate = f"{cost.tokens_per_second:.0f} keys a second"
-    time = rate if cost.seconds is None else f"about {cost.seconds:.0f} s"
-    return (
-        f"not there: the edit gathers {keys} first ({time}, {cost.memory / 1e9:.2f} GB of memory)"
-    )
