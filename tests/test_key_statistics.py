@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -492,3 +493,16 @@ def test_only_a_model_that_came_from_the_hub_reads_wikipedia_by_default(family_m
         else:
             with pytest.raises(MomentError, match="--text FILE or --dataset NAME"):
                 default_corpus(model)
+
+
+def test_imported_official_statistics_serve_an_official_config(oracle_model, tmp_path):
+    """`hparams/ROME/*.json` asks for 100 000 documents, which is what the official files are of."""
+    with np.load(ORACLE / "rome.npz") as official:
+        moment = KeyMoment(torch.tensor(official["C"]).double(), 1)
+    named = KeyMoment(moment.total, 1000, {"corpus": "official wikipedia.npz"})
+    import_moment(oracle_model, 2, named, tmp_path)
+    assert moment_for(oracle_model, 2, tokens="paper", folder=tmp_path).count == 1000
+    other = KeyMoment(moment.total, 1000, {"corpus": "notes", "documents": 10})
+    import_moment(oracle_model, 3, other, tmp_path)
+    with pytest.raises(MomentError, match="no statistics"):
+        moment_for(oracle_model, 3, tokens="paper", folder=tmp_path)

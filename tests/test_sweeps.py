@@ -54,8 +54,8 @@ def test_the_best_keeps_most_within_a_point_of_the_highest():
     swept = pd.DataFrame(
         {"layer": [0, 1, 2, 3], "S": [96.0, 95.5, 94.0, 95.1], "retention": [10, 40, 90, 35.0]}
     )
-    assert best(swept)["layer"] == 1
-    assert best(swept, slack=0.0)["layer"] == 0
+    assert best(swept, slack=1.0)["layer"] == 1
+    assert best(swept)["layer"] == 0
     assert best(swept, slack=5.0)["layer"] == 2
 
 

@@ -114,16 +114,37 @@ def moment_for(
         OutOfMemory: as `gather`.
     """
     check_layers(model, [layer])
-    if corpus is None and tokens is None:
-        # Of atlas enough is had in seconds: a few tokens that were once tried out are not enough.
-        least = AUTO_KEYS * d_mlp(model, layer) if is_bundled(model) else 1
-        stored = shelf_of(model, folder).most(layer)
-        if stored is not None and stored.count >= least:
-            return stored
+    if corpus is None and (stored := stored_moment(model, layer, tokens, folder)) is not None:
+        return stored
     corpus = corpus or default_corpus(model)
     layers = range(models.n_layers(model)) if is_bundled(model) else [layer]
     amount = default_tokens(model, corpus) if tokens is None else tokens
     return gather(model, layers, corpus, tokens=amount, folder=folder, progress=progress)[layer]
+
+
+def stored_moment(
+    model: Model,
+    layer: int,
+    tokens: int | str | None = None,
+    folder: str | Path | None = None,
+) -> KeyMoment | None:
+    """What `moment_for` takes of the stored moments without being told a corpus; None if nothing serves.
+
+    With `tokens=None` the one over the most tokens, with "paper" also if it was imported from the official code or is over
+    at least as many documents. Of another amount only the very one that `gather` would make serves.
+    """
+    if tokens not in (None, "paper"):
+        return None
+    stored = shelf_of(model, folder).most(layer)
+    if stored is None:
+        return None
+    if tokens == "paper":
+        official = str(stored.about.get("corpus")).startswith("official")
+        enough = int(stored.about.get("documents") or 0) >= PAPER_DOCUMENTS
+        return stored if official or enough else None
+    # Of atlas enough is had in seconds: a few tokens that were once tried out are not enough.
+    least = AUTO_KEYS * d_mlp(model, layer) if is_bundled(model) else 1
+    return stored if stored.count >= least else None
 
 
 def import_moment(

@@ -49,10 +49,10 @@ def sweep(
     return pd.DataFrame(rows).sort_values(["S", "retention"], ascending=False, kind="stable")
 
 
-def best(swept: pd.DataFrame, slack: float = 1.0) -> pd.Series:
+def best(swept: pd.DataFrame, slack: float = 0.1) -> pd.Series:
     """The row to take: of those whose S is within `slack` points of the highest, the one that keeps most of the subject's other facts.
 
-    S alone does not see that damage, and differences of less than a point are noise on a hundred records.
+    S alone does not see that damage; the slack lets it decide between settings that S cannot tell apart.
     """
     good = swept[swept["S"] >= swept["S"].max() - slack]
     return good.sort_values(["retention", "S"], ascending=False, kind="stable").iloc[0]

@@ -92,11 +92,9 @@ def _statistics(model: Model, layer: int, plan: ROMEConfig, corpus: Corpus | Non
     if plan.moment == "identity":
         return "none: C is the identity"
     bundled, tokens = key_statistics.is_bundled(model), plan.moment_tokens
-    if corpus is None and tokens is None:
-        stored = key_statistics.shelf_of(model).most(layer)
-        enough = key_statistics.AUTO_KEYS * models.W_out(model, layer).shape[0] if bundled else 1
-        if stored is not None and stored.count >= enough:
-            return f"stored: {stored.count} keys of {stored.about.get('corpus')}"
+    stored = key_statistics.stored_moment(model, layer, tokens) if corpus is None else None
+    if stored is not None:
+        return f"stored: {stored.count} keys of {stored.about.get('corpus')}"
     try:
         corpus = corpus or key_statistics.default_corpus(model)
     except MomentError as error:

@@ -113,7 +113,7 @@ def sweep(
 ) -> None:
     """Evaluate ROME at several layers and clamps, on records that `factlens evaluate` does not use.
 
-    The one marked is within a point of the highest S and keeps most of the subject's other facts.
+    The one marked has the highest S; of those within a tenth of a point, it keeps most of the subject's other facts.
 
     Examples:
 
