@@ -1,4 +1,4 @@
-"""A user's own HookedTransformer (TransformerLens 3.9) is traced as a bridge is. Run by `make test-hooked-transformer`."""
+"""A user's own HookedTransformer (TransformerLens 3.9) is traced and edited as a bridge is. Run by `make test-hooked-transformer`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from builders import lay_in_cache, save_model
 from conftest import ORACLE
 from test_engines import CUTS, PROMPT, SUBJECT, assert_engines_agree, problem_of
 from test_gradients import relative_gap, shortfall
+from test_metrics import one_by_one
+from test_rome import moment_of, quick, relative, rewrite_of
+from test_tails import assert_tails_agree
 
-from factlens import Fact, fingerprint, load_model, models, trace
+from factlens import Edit, Fact, applied, fingerprint, load_model, models, runs, trace
+from factlens.editors.rome import rome
 from factlens.engines.one_pass import run_one_pass
 from factlens.engines.plain import run_plain
+from factlens.errors import EditError
 from factlens.gradients import attribution_patching, integrated_gradients
+from factlens.metrics import score
 
 try:
     from transformer_lens import HookedTransformer
@@ -27,6 +33,7 @@ pytestmark = [
         HookedTransformer is None, reason="HookedTransformer was removed in TransformerLens 4"
     ),
     pytest.mark.filterwarnings("ignore:HookedTransformer.*is deprecated"),
+    pytest.mark.filterwarnings("ignore:the edit of .* did not take"),
 ]
 
 REPOS = {
@@ -182,3 +189,79 @@ def test_gradients_of_processed_and_narrow_weights(build):
             assert method(narrow, fact, **noise)["attribution"].notna().all()
     finally:
         narrow.to(torch.float32)
+
+
+# -- editing ---------------------------------------------------------------------------------------
+
+PROCESSED = [*((family, False) for family in REPOS), ("gpt2", True), ("gptj", True)]
+TOKENS = torch.randint(1, 90, (2, 15), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("family", REPOS)
+def test_the_fingerprint_is_the_bridges(build, family, family_folder):
+    model = build(family, folder=family_folder(family))
+    bridge = load_model(family_folder(family))
+    assert fingerprint(model) == fingerprint(bridge)
+    assert fingerprint(build(family, processed=True)) != fingerprint(bridge)
+    # Of all that is read differently, a change shows: shared heads, norms, output matrices.
+    names = ["ln1.w", "mlp.W_out", "attn._W_K" if family.startswith("qwen") else "attn.W_K"]
+    for name in names:
+        weight = models.weight(model, f"blocks.3.{name}")
+        before = weight.detach().clone()
+        weight.data.view(-1)[5] += 0.1
+        assert fingerprint(model) != fingerprint(bridge)
+        weight.data.copy_(before)
+    assert fingerprint(model) == fingerprint(bridge)
+
+
+@pytest.mark.parametrize(("family", "processed"), PROCESSED)
+def test_runs_that_begin_at_the_changed_output_are_whole_runs(build, family, processed):
+    model = build(family, processed=processed)
+    for layer in (1, 3):
+        assert_tails_agree(model, layer)
+
+
+@pytest.mark.parametrize("family", REPOS)
+def test_an_edit_is_the_bridges_and_each_fits_the_other(build, family, family_folder, tmp_path):
+    model = build(family, folder=family_folder(family))
+    bridge = load_model(family_folder(family))
+    moment, before = moment_of(bridge, 1), {n: t.clone() for n, t in model.state_dict().items()}
+    # Both raise if the edited model does not do what was optimised.
+    edit, wanted = (rome(each, rewrite_of(), quick(), moment=moment) for each in (model, bridge))
+    (change,), (other,) = edit.changes.values(), wanted.changes.values()
+    assert relative(change.dense(), other.dense()) < 1e-3
+    assert edit.info["results"][0]["engine"] == "tails"
+    loaded = Edit.load(wanted.save(tmp_path / "edit"))
+    clean = runs.logits_of(model, TOKENS).log_softmax(-1)
+    with applied(model, loaded), applied(bridge, edit):
+        ours, theirs = (runs.logits_of(each, TOKENS).log_softmax(-1) for each in (model, bridge))
+    assert (ours - theirs).abs().max() < 1e-3 < 1e-2 < (ours - clean).abs().max()
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_an_edit_of_processed_weights_belongs_to_them_only(build, family):
+    model, plain = build(family, processed=True), build(family)
+    edit = rome(model, rewrite_of(), quick(), moment=moment_of(model, 1))
+    before = models.W_out(model, 1).detach().clone()
+    with applied(model, edit):
+        assert (
+            relative(models.W_out(model, 1) - before, edit.changes["blocks.1.mlp.W_out"].dense())
+            < 1e-5
+        )
+    assert models.W_out(model, 1).equal(before)
+    with pytest.raises(EditError) as caught, applied(plain, edit):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("family", "processed"), PROCESSED)
+def test_targets_are_scored_as_one_by_one(build, family, processed, monkeypatch):
+    model = build(family, processed=processed)
+    prompts = ("Ab", "A much longer prompt than", "The one of x is")
+    pairs = [(prompt, target) for prompt in prompts for target in ("q", "zo")]
+    expected = torch.tensor([one_by_one(model, *pair)[0] for pair in pairs])
+    for side in ("right", "left"):
+        monkeypatch.setattr(model.tokenizer, "padding_side", side)
+        found = score(model, pairs).nll
+        torch.testing.assert_close(found.double(), expected.double(), atol=5e-5, rtol=0)

@@ -6,9 +6,11 @@ names (`blocks.3.attn.W_Q`), so a bridge and an unprocessed `HookedTransformer` 
 """
 
 import hashlib
+import math
 import platform
 import weakref
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -19,7 +21,7 @@ from factlens.configs import config_for
 from factlens.models import Model
 
 SAMPLED = 4096
-_NUMBERS = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
+_NUMBERS = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab")
 _TOP = ("embed.W_E", "pos_embed.W_pos", "unembed.W_U", "ln_final.w", "ln_final.b")
 _BLOCK = (
     "ln1.w",
@@ -42,8 +44,7 @@ _WHOLE = "mlp.W_out"
 def fingerprint(model: Model) -> str:
     """64 hexadecimal digits; the same on CPU and GPU, different after any edit of a `W_out`."""
     digest = hashlib.sha256(models.architecture_class(model).encode())
-    config = models.cfg(model)
-    digest.update(repr([(name, int(getattr(config, name, 0) or 0)) for name in _NUMBERS]).encode())
+    digest.update(repr(_numbers(model)).encode())
     vocabulary = models.tokenizer(model).get_vocab() if models.tokenizer(model) else {}
     digest.update(repr(sorted(vocabulary.items(), key=lambda item: item[1])).encode())
     for name, tensor, whole in _weights(model):
@@ -71,20 +72,43 @@ def remembered_fingerprint(model: Model) -> str:
     return _known[model][1]
 
 
+def _numbers(model: Model) -> list[tuple[str, int]]:
+    names = list(_NUMBERS)
+    if models.weight(model, "pos_embed.W_pos") is not None:
+        # Without learned positions any context may be set, and HookedTransformer sets its own.
+        names.append("n_ctx")
+    return [(name, int(getattr(models.cfg(model), name, 0) or 0)) for name in names]
+
+
 def _weights(model: Model) -> Iterator[tuple[str, Tensor, bool]]:
     names = [(name, False) for name in _TOP]
     for layer in range(models.n_layers(model)):
         names += [(f"blocks.{layer}.{name}", False) for name in _BLOCK]
         names.append((f"blocks.{layer}.{_WHOLE}", True))
+    parallel = models.is_parallel(model)
     for name, whole in names:
         tensor = _get(model, name)
-        if tensor is not None:
-            yield name, tensor, whole
+        if tensor is None or (parallel and _is_first_norm(model, name, tensor)):
+            continue
+        yield name, tensor, whole
+
+
+def _is_first_norm(model: Model, name: str, tensor: Tensor) -> bool:
+    """Whether `name` is a second norm like the first: of the one norm of GPT-J's blocks HookedTransformer keeps two."""
+    if ".ln2." not in name:
+        return False
+    first = models.weight(model, name.replace(".ln2.", ".ln1."))
+    return first is not None and torch.equal(tensor, first)
 
 
 def _get(model: Model, name: str) -> Tensor | None:
     """The weight called `name`, or None where the architecture has none, or one of zeros."""
-    found = models.weight(model, name)
+    found = None
+    if name.endswith(("attn.W_K", "attn.W_V")):
+        # HookedTransformer repeats the heads that several queries share, and keeps them once under these names.
+        found = models.weight(model, name.replace(".W_", "._W_"))
+    if found is None:
+        found = models.weight(model, name)
     if found is None:
         return None
     # A bias of zeros is what HookedTransformer gives an architecture without one.
@@ -93,11 +117,15 @@ def _get(model: Model, name: str) -> Tensor | None:
 
 def _sample(tensor: Tensor) -> Tensor:
     """Up to 4 096 entries, evenly spaced in row order, read without copying the whole weight."""
-    places = torch.linspace(
-        0, tensor.numel() - 1, min(SAMPLED, tensor.numel()), dtype=torch.float64
-    )
-    index = torch.unravel_index(places.long().to(tensor.device), tensor.shape)
-    return tensor.detach()[index]
+    return tensor.detach()[_places(tuple(tensor.shape), tensor.device)]
+
+
+@lru_cache(maxsize=64)
+def _places(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The same for every weight of a shape; making them takes longer than reading them."""
+    size = math.prod(shape)
+    places = torch.linspace(0, size - 1, min(SAMPLED, size), dtype=torch.float64)
+    return torch.unravel_index(places.long().to(device), shape)
 
 
 def _bytes(tensor: Tensor) -> bytes:

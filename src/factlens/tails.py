@@ -71,6 +71,7 @@ def cut_tails(
     start = layer + 1 if adds_to_stream(model, layer) else layer
     recorded = KeyValues(record=len(rows))
     with torch.no_grad(), _caught(model, layer, start) as (acts, hooks):
+        hooks = hooks + _last_mlp(model, layer, reads)
         clean = _logits(model, tokens, recorded, reads, hooks)
     suffix = at[:, None] + torch.arange(int((lengths - at).max()), device=device)
     before = torch.arange(-int(at.max()), 0, device=device) + at[:, None]
@@ -115,8 +116,9 @@ def run_tails(
     entry = _Entry(tails.start, stream, tails.mask[chosen], places.clamp(max=last))
     keys = tails.prefix.reuse(tails.prefix.start, lambda layer, rows: chosen)
     reads = Reads(reads.rows, reads.positions - lookups[reads.rows])
+    hooks = _last_mlp(model, tails.layer, reads)
     with moved, _from_block(model, entry, tails.in_tuples):
-        return _logits(model, tails.tokens[chosen], keys, reads, [], entry)
+        return _logits(model, tails.tokens[chosen], keys, reads, hooks, entry)
 
 
 def run_whole(
@@ -230,6 +232,31 @@ def _logits(
         return runner.run_with_hooks(stream, fwd_hooks=hooks, **options)[0]
     finally:
         handle.remove()
+
+
+def _last_mlp(model: Model, layer: int, reads: Reads) -> Hooks:
+    """Hooks that let the last block's MLP see the positions in `reads` only; elsewhere it then adds nothing.
+
+    None if its own output is the one that is moved at `layer`, or if its input has no hook point of its own.
+    """
+    last = models.n_layers(model) - 1
+    name = models.mlp_input_site(model, last)
+    if layer == last or name is None:
+        return []
+    wanted: list[Tensor] = []
+
+    def choose(act: Tensor, hook: object = None) -> Tensor:
+        # A mask, since a position may be read twice, and its gradients are to be added once.
+        read = torch.zeros(act.shape[:2], dtype=torch.bool, device=act.device)
+        read[reads.rows.to(act.device), reads.positions.to(act.device)] = True
+        wanted[:] = [read]
+        return act[read][None]
+
+    def put_back(act: Tensor, hook: object = None) -> Tensor:
+        (read,) = wanted
+        return act.new_zeros(*read.shape, act.shape[-1]).index_put((read,), act[0])
+
+    return [(name, choose), (models.site(last, "mlp_out"), put_back)]
 
 
 @contextlib.contextmanager
