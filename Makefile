@@ -92,7 +92,7 @@ test: $(VENV)/installed-dev  ## The tests
 
 test-hooked-transformer:  ## Engines and edits under TransformerLens 3.9, in an environment of its own
 	@$(MAKE) --no-print-directory .venv-3.9/installed
-	@.venv-3.9/bin/python -m pytest tests/test_hooked_transformer.py tests/test_generation.py tests/test_exports.py tests/test_edits.py $(ARGS)
+	@.venv-3.9/bin/python -m pytest -n 2 tests/test_hooked_transformer.py tests/test_generation.py tests/test_exports.py tests/test_edits.py $(ARGS)
 
 .venv-3.9/installed: pyproject.toml constraints.txt
 	@test -x .venv-3.9/bin/python || $(PYTHON) -m venv .venv-3.9
@@ -118,7 +118,7 @@ bench-edits: $(VENV)/installed  ## An edit against the official procedure, in on
 	@$(BIN)/python -m factlens.edit_benchmark $(ARGS)
 
 notebooks: $(VENV)/installed-dev  ## Execute every notebook
-	@$(BIN)/python -m pytest -n 0 -m notebooks tests/test_notebooks.py $(ARGS)
+	@$(BIN)/python -m pytest -n 2 -m notebooks tests/test_notebooks.py $(ARGS)
 
 figures: $(VENV)/installed  ## The README's figure (needs chromium)
 	@$(BIN)/factlens trace --out runs/figures

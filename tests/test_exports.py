@@ -159,7 +159,7 @@ def test_if_the_new_folder_cannot_be_put_in_place_the_old_one_is_back(
     real = Path.rename
 
     def fail(self, target):
-        if self.name.endswith("partial"):
+        if self.name == "new":
             raise OSError(13, "Permission denied")
         return real(self, target)
 

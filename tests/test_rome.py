@@ -30,6 +30,7 @@ from factlens.errors import (
     SubjectNotFound,
 )
 from factlens.moments import KeyMoment
+from factlens.tails import run_whole
 
 # A few steps on random weights seldom bring a target to the top; the tests that want the warning ask for it.
 pytestmark = pytest.mark.filterwarnings("ignore:the edit of .* did not take")
@@ -227,12 +228,16 @@ def test_the_edited_model_gives_the_logits_of_the_optimised_run(family_model, fa
     edit = rome(model, rewrite_of(), config, moment=KeyMoment(moment, 1))
     start = value.question.starts[0]
     with edits.applied(model, edit):
-        logprob = runs.logits_of(model, row)[0, start:].log_softmax(-1)
-    told = logprob.gather(1, value.question.target[:, None])
+        found = runs.logits_of(model, row)[0, start:]
+    at = torch.tensor(value.question.lookups[:1])
+    with torch.no_grad():
+        wanted = run_whole(model, 1, [row[0]], at, value.shift[None])[0, start:]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    still = run_whole(model, 1, [row[0]], at, 0 * value.shift[None])[0, start:]
+    assert (found - still).abs().max() > 1e-2
+    told = found.log_softmax(-1).gather(1, value.question.target[:, None])
     # The last evaluation was of the δ that is inserted.
     assert -float(told.mean()) == pytest.approx(value.losses["nll"].iloc[-1], abs=1e-4)
-    (result,) = edit.info["results"]
-    assert result["prob_after"] == pytest.approx(float(told.sum().exp()), rel=1e-3)
 
 
 sizes, seeds = st.integers(2, 12), st.integers(0, 1000)
@@ -302,15 +307,29 @@ def test_in_one_batch_every_rewrite_takes_the_path_it_takes_alone(family_model, 
         Rewrite("{} plays", "Bob", "the flute"),
     ]
     asked = [question(model, rewrite, CONTEXTS) for rewrite in rewrites]
-    config = ROMEConfig(layer=1, contexts=CONTEXTS, steps=8, stop_loss=2.0)
+    config = ROMEConfig(layer=1, contexts=CONTEXTS, steps=8)
     together = optimise(model, asked, config)
     assert [value.engine for value in together] == ["tails"] * 3
     for number, value in enumerate(together):
         (alone,) = optimise(model, asked[number : number + 1], config, engine="whole")
         assert len(value.losses) == len(alone.losses)
         assert relative(value.shift, alone.shift) < 1e-3
-    lengths = {len(value.losses) for value in together}
-    assert len(lengths) > 1 or lengths == {8}
+
+
+def test_a_rewrite_whose_loss_is_small_leaves_the_batch(atlas):
+    rewrites = [
+        Rewrite("The capital of {} is", "France", "Rome"),
+        Rewrite("The mother tongue of {} is", "Isaac Newton", "French"),
+        Rewrite("{} is located in the city of", "The Space Needle", "Rome"),
+    ]
+    config = ROMEConfig(layer=0, contexts=CONTEXTS, steps=12, stop_loss=1.2, max_norm_ratio=4.0)
+    asked = [question(atlas, rewrite, CONTEXTS) for rewrite in rewrites]
+    together = optimise(atlas, asked, config)
+    assert len({len(value.losses) for value in together}) > 1
+    for number, value in enumerate(together):
+        (alone,) = optimise(atlas, asked[number : number + 1], config, engine="whole")
+        assert len(value.losses) == len(alone.losses)
+        assert relative(value.shift, alone.shift) < 1e-3
 
 
 def test_rome_each_gives_the_edits_of_rome(family_model):
@@ -436,7 +455,7 @@ def test_an_empty_target_and_no_rewrites_are_refused(family_model):
     with pytest.raises(EditError, match="no rewrite"):
         rome(family_model("gpt2"), [], quick())
     with pytest.raises(PlanError, match="no engine 'fast'"):
-        rome(family_model("gpt2"), rewrite_of(), quick(), engine="fast")
+        optimise(family_model("gpt2"), [], ROMEConfig(layer=1), engine="fast")
 
 
 def mutants(change: RankOne):
@@ -520,3 +539,66 @@ def test_with_one_spelling_it_is_the_mean(family_model):
     ]
     assert question(model, rewrite_of(), CONTEXTS).spellings == [[0, 1, 2]]
     assert relative(both[0].dense(), both[1].dense()) < 1e-6
+
+
+# -- where and how it is called --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_it_may_be_called_where_gradients_are_off(family_model, mode):
+    model = family_model("gpt2")
+    moment = moment_of(model, 1)
+    with mode():
+        inside = rome(model, rewrite_of(), quick(), moment=moment)
+    outside = rome(model, rewrite_of(), quick(), moment=moment)
+    name = "blocks.1.mlp.W_out"
+    assert relative(inside.changes[name].dense(), outside.changes[name].dense()) < 1e-6
+
+
+def test_when_memory_runs_out_the_batch_is_halved(family_model, monkeypatch):
+    from factlens.editors import rome as module
+
+    model, sizes = family_model("gpt2"), []
+
+    def scarce(model, asked, *rest, **options):
+        sizes.append(len(asked))
+        if len(asked) > 1:
+            raise MemoryError
+        return optimise(model, asked, *rest, **options)
+
+    monkeypatch.setattr(module, "optimise", scarce)
+    rewrites = [rewrite_of(), Rewrite("The mother of Anna Lee was", "Anna Lee", "x")]
+    found = rome_each(model, rewrites, quick(), moment=moment_of(model, 1))
+    assert [edit.rewrites[0] for edit in found] == rewrites
+    assert sizes == [2, 1, 1]
+
+
+def test_statistics_gathered_later_are_used_at_once(atlas, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    from factlens.corpora import bundled
+    from factlens.key_statistics import gather
+
+    told = []
+    rewrite = Rewrite("The capital of {} is", "France", "Rome")
+    config = {"layer": 0, "contexts": ["{}"], "steps": 2}
+    gather(atlas, [0], bundled(), tokens=6000)
+    first = rome(atlas, rewrite, config, progress=lambda done, total: told.append((done, total)))
+    gather(atlas, [0], bundled(), tokens=9000)
+    second = rome(atlas, rewrite, config)
+    counts = [edit.info["statistics"]["tokens"] for edit in (first, second)]
+    assert 6000 <= counts[0] < 9000 <= counts[1]
+    assert told[-1] == (2, 2)
+
+
+def test_a_model_that_was_edited_for_good_files_no_statistics_as_its_own(tmp_path):
+    from factlens import load_model
+    from factlens.corpora import bundled
+    from factlens.errors import MomentError
+    from factlens.key_statistics import gather
+
+    model = load_model()
+    edit = rome(model, Rewrite("The capital of {} is", "France", "Rome"), {"moment": "identity"})
+    edits.apply_permanently(model, edit)
+    with pytest.raises(MomentError, match=r"permanent edits.*load the model again"):
+        gather(model, [3], bundled(), tokens=500, folder=tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))

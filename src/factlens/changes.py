@@ -72,6 +72,7 @@ KINDS: dict[str, type[RankOne] | type[LowRank] | type[Dense]] = {
     "low-rank": LowRank,
     "dense": Dense,
 }
+_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z0-9][A-Za-z0-9_]*)*")
 
 
@@ -97,9 +98,9 @@ def check_parts(name: str, kind: str, parts: Mapping[str, Tensor]) -> None:
     if not joined or any(len(shape) != axes or 0 in shape for shape in shapes.values()):
         raise EditError(f"the {kind} change of {name} has parts of shapes {shapes}")
     for key, part in parts.items():
-        if not part.is_floating_point():
+        if part.dtype not in _TYPES:
             raise EditError(
-                f"the part {key!r} of the change of {name} is {part.dtype}, not a float"
+                f"the part {key!r} of the change of {name} is {part.dtype}; a change is of {', '.join(map(str, _TYPES))}"
             )
         if not bool(part.isfinite().all()):
             raise EditError(f"the part {key!r} of the change of {name} holds NaN or infinity")

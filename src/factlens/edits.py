@@ -4,7 +4,6 @@ Inside `with applied(model, edit):` the model is the edited one; after it, what 
 """
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from factlens.edit_files import Edit as Edit
 from factlens.edit_files import difference as difference
 from factlens.edit_files import info_for as info_for
 from factlens.edit_files import whose
-from factlens.errors import EditError, FactWarning
+from factlens.errors import EditError
 from factlens.fingerprints import remembered_fingerprint
 from factlens.models import Model
 
@@ -93,17 +92,9 @@ def apply_permanently(model: Model, edit: Edit, *, strict: bool = True) -> None:
 def lifted(model: Model) -> Iterator[None]:
     """The model without the edits that `applied` has put on it, for the length of a `with` block.
 
-    Those of `apply_permanently` stay, since nothing is kept of what was below them; that is said.
+    Those of `apply_permanently` stay, since nothing is kept of what was below them.
     """
-    stack = list(_stacks.get(model, []))
-    temporary = [layer for layer in stack if layer.before]
-    if len(temporary) < len(stack):
-        warnings.warn(
-            f"{len(stack) - len(temporary)} edits were applied to {models.model_name(model)} permanently, and stay on it for "
-            "what is measured of the unedited model; load it again to leave them out",
-            FactWarning,
-            stacklevel=3,
-        )
+    temporary = [layer for layer in _stacks.get(model, []) if layer.before]
     try:
         for layer in reversed(temporary):
             _take_off(model, layer)
@@ -112,6 +103,11 @@ def lifted(model: Model) -> Iterator[None]:
         for layer in temporary:
             if not layer.before:
                 _put_on(layer, _weights(model, layer.edit))
+
+
+def edits_kept(model: Model) -> int:
+    """How many edits `apply_permanently` has put on the model since it was loaded."""
+    return len(_permanent.get(model, []))
 
 
 def unedited_fingerprint(model: Model) -> str:

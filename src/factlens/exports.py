@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -194,10 +195,13 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 @contextlib.contextmanager
 def _written_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside `folder`; renamed at the end, removed after any error or Ctrl-C."""
-    partial, old = (folder.with_name(f".{folder.name}.{each}") for each in ("partial", "old"))
+    partial = old = folder
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Of its own name: another export of the same folder may be at work.
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        partial, old = beside / "new", beside / "old"
+        partial.mkdir()
         yield partial
         if folder.exists():
             folder.rename(old)
@@ -208,7 +212,7 @@ def _written_folder(folder: Path) -> Iterator[Path]:
         said = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise OutputError(f"cannot write the folder {folder}: {said}") from None
     finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for each in (partial, old):
-            shutil.rmtree(each, ignore_errors=True)
+        if old != folder:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            shutil.rmtree(old.parent, ignore_errors=True)

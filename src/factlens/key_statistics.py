@@ -76,6 +76,7 @@ def gather(
             found = _stored(shelf, wanted)  # Perhaps by the process that was waited for.
             missing = [layer for layer in chosen if layer not in found]
             if missing:
+                _check_unedited(model)
                 rest = replace(wanted, layers=missing)
                 partial = shelf.partial(wanted.name, missing) if writable else None
                 limit = batch or batch_tokens(model)
@@ -217,7 +218,7 @@ def _base(folder: str | Path | None) -> Path:
 
 def is_bundled(model: Model) -> bool:
     """Whether this is atlas as it ships."""
-    return _origin(model) == str(atlas.CHECKPOINT) or models.model_name(model) == models.BUNDLED
+    return _origin(model) == str(atlas.CHECKPOINT)
 
 
 def _origin(model: Model) -> str:
@@ -273,6 +274,15 @@ def extent_of(model: Model, layers: Sequence[int], tokens: int | str) -> Extent:
 def context_of(model: Model) -> int:
     """How many tokens of each document are used."""
     return min(int(models.cfg(model).n_ctx), LONGEST)
+
+
+def _check_unedited(model: Model) -> None:
+    """What is gathered is filed as the unedited model's: keys of a model that was changed for good are not."""
+    if count := edits.edits_kept(model):
+        raise MomentError(
+            f"{models.model_name(model)} carries {count} permanent edits, and no statistics from before them are stored; gather "
+            "them first (`factlens stats`), or load the model again"
+        )
 
 
 def _check_shard(shard: tuple[int, int] | None) -> None:

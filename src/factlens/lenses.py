@@ -18,7 +18,7 @@ from factlens.changes import moved
 from factlens.editors.questions import lookup_of
 from factlens.editors.rome import choose_key
 from factlens.edits import Edit, applied
-from factlens.errors import EditError, FactError, PlanError
+from factlens.errors import EditError, FactError, PlanError, PromptTooLong
 from factlens.facts import Rewrite
 from factlens.models import Model
 from factlens.moments import KeyMoment
@@ -208,6 +208,10 @@ def next_tokens(model: Model, prompts: str | Sequence[str], top: int = 5) -> pd.
         ids = token_ids(models.tokenizer(model), prompt)
         if not ids:
             raise FactError(f"the prompt {prompt!r} has no tokens; give the beginning of a text")
+        if len(ids) > (context := int(models.cfg(model).n_ctx)):
+            raise PromptTooLong(
+                f"the prompt {prompt[:40]!r}… has {len(ids)} tokens and the model {context} positions; shorten it"
+            )
         frame = _ranked(model, runs.logits_of(model, torch.tensor([ids]), keep=1)[0, -1], top)
         frame.insert(0, "prompt", prompt)
         frames.append(frame)

@@ -184,6 +184,11 @@ def _together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any
     shards = {tuple(each) for each in one.get("shards", ())}
     more = {tuple(each) for each in other.get("shards", ())}
     if (one.get("corpus"), one.get("digest")) != (other.get("corpus"), other.get("digest")):
+        for each in (shards, more):
+            if each and len(each) != next(iter(each))[1]:
+                raise MomentError(
+                    f"single shards ({_shards_said(each)}) of different corpora do not add; add each corpus up first"
+                )
         corpus = f"{one.get('corpus')} + {other.get('corpus')}"
         shards = more = set()
     else:

@@ -163,6 +163,12 @@ def _load(stored: Edit, model: str | None, device: str | None, dtype: str | None
     name = model or _its_model(stored)
     if name is None:
         raise usage("the edit does not say which model it was made for; name it with --model")
+    if model is None and not _at_hand(name):
+        # The name stands in a file that may come from anyone.
+        raise usage(
+            f"the edit was made for {name!r}, which is neither bundled, nor in configs/, nor in the cache; if you trust "
+            "it, give that name, or the model's folder, with --model"
+        )
     try:
         return load(name, device, dtype or str(stored.info.get("dtype", "float32")))
     except ModelNotFound as error:
@@ -184,6 +190,13 @@ def _load_if_at_hand(
     if model == "none" or (not needed and (name is None or (model is None and not _local(name)))):
         return None
     return _load(stored, model, device, dtype)
+
+
+def _at_hand(name: str) -> bool:
+    from factlens.configs import config_for
+
+    config = config_for(name)
+    return (config is not None and name in (config.name, *config.models)) or _local(name)
 
 
 def _local(name: str) -> bool:

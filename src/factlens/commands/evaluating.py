@@ -73,6 +73,7 @@ def evaluate(
         check_writable(out)
         settings = _settings(config, layer, clamp)
         hooked = load(model, device, dtype)
+        _gather_first(hooked, [settings])
         chosen, others = _records(hooked, records, n, "test")
         plans: list[tuple[str, Any, Any]] = [("rome", rome, settings)]
         if control:
@@ -133,6 +134,7 @@ def sweep(
         hooked = load(model, device, dtype)
         chosen, _ = _records(hooked, records, n, "tune")
         grid: dict[str, Sequence[Any]] = {"layer": layer or list(range(n_layers(hooked)))}
+        _gather_first(hooked, [{**settings, "layer": each} for each in grid["layer"]])
         if clamp:
             grid["max_norm_ratio"] = clamp
         with progress("editing") as tell:
@@ -169,19 +171,44 @@ def _settings(config: Path | None, layer: int | None, clamp: float | None) -> di
     return settings
 
 
+def _gather_first(model: Model, plans: Sequence[dict[str, Any]]) -> None:
+    """The statistics that the edits need, with a bar, before anything else takes time."""
+    from factlens.editors.rome_config import rome_config_for
+    from factlens.key_statistics import moment_for
+
+    for settings in plans:
+        plan = rome_config_for(model, settings)
+        if plan.moment == "statistics":
+            with progress("statistics") as tell:
+                moment_for(
+                    model,
+                    int(str(plan.layer)),
+                    tokens=plan.moment_tokens,
+                    progress=lambda done, total: tell(done, total, "tokens"),
+                )
+
+
 def _records(
     model: Model, given: Path | None, n: int, part: str
 ) -> tuple[list[Record], Callable[..., Sequence[Any]]]:
     """The first `n` records of a file, or of the bundled ones' test or tune part; and where their subjects' other facts are."""
-    from factlens.benchmarks.atlas_counterfact import counterfact, other_facts
+    from factlens.benchmarks.atlas_counterfact import counterfact, is_tuned, other_facts
     from factlens.benchmarks.counterfact import read_records
 
     if given is not None:
-        found = read_records(given)
-        return list(found[:n]), lambda record: ()
+        # By subject, as the bundled ones: what is chosen on some is reported on others.
+        mine = [r for r in read_records(given) if is_tuned(r.subject) == (part == "tune")]
+        if not mine:
+            raise usage(f"{given} has no {part} records: its subjects are all of the other part")
+        return mine[:n], lambda record: ()
     with progress("asking") as tell:
         bundled = counterfact(model, progress=lambda done, total: tell(done, total, ""))
     found = getattr(bundled, part)
+    left_out = bundled.dropped.groupby("reason")["n"].sum()
+    why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    console(stderr=True).print(
+        f"{len(bundled)} records of the bundled facts; left out: {why}", style="dim", soft_wrap=True
+    )
     if not found:
         raise usage(f"the model knows none of the bundled facts that {part} records are made of")
     return list(found[:n]), other_facts

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from factlens import models
-from factlens.errors import FactError, FactWarning
+from factlens.errors import FactError, FactWarning, PromptTooLong
 from factlens.facts import Rewrite
 from factlens.models import Model
 from factlens.tokens import TokenizedPrompt, answer_ids, tokenize
@@ -70,7 +70,12 @@ def question(
     """
     tokenizer = models.tokenizer(model)
     target = torch.tensor(answer_ids(tokenizer, rewrite.prompt, rewrite.target))
-    room = int(models.cfg(model).n_ctx) - len(target) + 1
+    context = int(models.cfg(model).n_ctx)
+    if len(target) >= context:
+        raise PromptTooLong(
+            f"the target {rewrite.target[:40]!r}… has {len(target)} tokens and the model {context} positions; shorten it"
+        )
+    room = context - len(target) + 1
     bare = [] if "{}" in contexts else ["{}"]
     templates = [*bare, *sorted(contexts, key="{}".__ne__)]
     asked = [_tokenized(model, each, rewrite, room) for each in templates]

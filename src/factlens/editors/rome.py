@@ -10,6 +10,7 @@
 the present answer, and W_out' = W_out + left ⊗ right.
 """
 
+import json
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -30,18 +31,19 @@ from factlens.editors.realising import realise
 from factlens.editors.rome_config import ROMEConfig, as_mapping, rome_config_for
 from factlens.editors.values import Value, optimise
 from factlens.edits import Edit
-from factlens.engines.problems import Progress, no_progress
-from factlens.errors import EditError, FactWarning
+from factlens.engines.problems import Progress, is_out_of_memory, no_progress
+from factlens.errors import EditError, FactWarning, ModelUnsupported, OutOfMemory
 from factlens.facts import Rewrite
 from factlens.key_statistics import moment_for
 from factlens.models import Model
 from factlens.moments import Factor, KeyMoment
 
 Config = ROMEConfig | Mapping[str, object] | str | Path | None
-TOGETHER = 16
-"""Rewrites that are optimised in one batch."""
+TOGETHER, TOGETHER_WIDE, WIDE = 16, 4, 2048
+"""Rewrites that are optimised in one batch; on a CPU fewer from so many neurons on."""
 
 
+@torch.inference_mode(False)  # Gradients are taken, whatever the caller has switched off.
 def rome(
     model: Model,
     rewrites: Rewrite | Sequence[Rewrite],
@@ -63,10 +65,12 @@ def rome(
         config: a `ROMEConfig`, a mapping or a file that changes the model's own numbers, or None for those.
         moment: C, if not the layer's stored statistics.
         engine: "auto", "tails" (only what the value reaches is run) or "whole" (as the official code).
-        progress: told (steps done, steps in all).
+        progress: told (tokens read, tokens in all) while statistics are gathered, which are then kept, and afterwards
+            (steps done, steps in all).
 
     Raises:
         ConfigError: a layer or a number that cannot be.
+        ModelUnsupported: a model that is spread over several devices.
         SubjectNotFound, PromptTooLong: of a rewrite.
         MomentError: no statistics of the layer's keys, and no text to gather them from.
         EditError: two rewrites with one key, or an edit that does not give what was optimised.
@@ -75,11 +79,13 @@ def rome(
     if not several:
         raise EditError("no rewrite was given; an edit needs at least one")
     plan = rome_config_for(model, config)
-    values = _values(model, several, plan, engine, progress)
-    memory = _memory(model, plan, moment)
+    asked = _questions(model, several, plan)
+    memory = _memory(model, plan, moment, progress)
+    values = _values(model, asked, plan, engine, progress)
     return _edit(model, values, plan, _change(values, plan, memory.factor), memory)
 
 
+@torch.inference_mode(False)
 def rome_each(
     model: Model,
     rewrites: Sequence[Rewrite],
@@ -87,13 +93,17 @@ def rome_each(
     *,
     moment: KeyMoment | None = None,
     engine: str = "auto",
-    together: int = TOGETHER,
+    together: int | None = None,
     progress: Progress = no_progress,
 ) -> list[Edit]:
-    """One edit for each rewrite, as `rome` gives it alone; `together` of them are optimised in one batch."""
+    """One edit for each rewrite, as `rome` gives it alone; `together` of them are optimised in one batch.
+
+    None takes 16 of them, or 4 of a wide model on a CPU, where more no longer fit its caches.
+    """
     plan = rome_config_for(model, config)
-    memory = _memory(model, plan, moment)
-    values = _values(model, rewrites, plan, engine, progress, together)
+    asked = _questions(model, rewrites, plan)
+    memory = _memory(model, plan, moment, progress)
+    values = _values(model, asked, plan, engine, progress, together)
     return [
         _edit(model, [each], plan, _change([each], plan, memory.factor), memory) for each in values
     ]
@@ -102,19 +112,21 @@ def rome_each(
 # -- the three steps -------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)
 def choose_key(model: Model, rewrite: Rewrite, config: Config = None) -> Float[Tensor, " d_mlp"]:
     """k*: the MLP's key at the lookup token, mean over the contexts (Eq. 3). Raises what `rome` raises."""
     plan = rome_config_for(model, config)
-    (only,) = _values(model, [rewrite], replace(plan, steps=1), "auto")
+    (only,) = _values(model, _questions(model, [rewrite], plan), replace(plan, steps=1), "auto")
     return only.key
 
 
+@torch.inference_mode(False)
 def choose_value(
     model: Model, rewrite: Rewrite, config: Config = None, *, progress: Progress = no_progress
 ) -> Value:
     """v*, with its key and how its loss fell (Eq. 4); `Value.losses` is a frame to plot. Raises what `rome` raises."""
     plan = rome_config_for(model, config)
-    (only,) = _values(model, [rewrite], plan, "auto", progress)
+    (only,) = _values(model, _questions(model, [rewrite], plan), plan, "auto", progress)
     return only
 
 
@@ -131,7 +143,8 @@ def insert(
         SingularMoment: `moment` cannot be inverted, even with a ridge.
     """
     direction = moments.solve(moments.factor(moment), key)  # C⁻¹ k*
-    return RankOne(left=direction / (direction @ key.to(direction)), right=shift)
+    left = direction / (direction @ key.to(direction))
+    return RankOne(left=left.to(shift.device), right=shift)
 
 
 def insert_several(
@@ -159,26 +172,32 @@ def insert_several(
             f"the keys of the {len(keys)} rewrites are not independent: two of them look the same subject up in the same words; "
             "apply their edits one after the other"
         )
-    return LowRank(left=torch.linalg.solve(answers.T, directions).T.float(), right=shifts.float())
+    left = torch.linalg.solve(answers.T, directions).T
+    return LowRank(left=left.float().to(shifts.device), right=shifts.float())
 
 
 # -- together --------------------------------------------------------------------------------------
 
 
+def _questions(model: Model, rewrites: Sequence[Rewrite], plan: ROMEConfig) -> list[Question]:
+    """The rewrites as rows of tokens: what cannot be edited is refused here, before the work."""
+    _check_one_device(model)
+    contexts = contexts_for(model, plan.contexts, plan.seed)
+    places = {"fact_token": plan.fact_token, "kl_at": plan.kl_at}
+    for rewrite in rewrites:
+        say_traps(rewrite)
+    return [question(model, rewrite, contexts, **places) for rewrite in rewrites]
+
+
 def _values(
     model: Model,
-    rewrites: Sequence[Rewrite],
+    questions: Sequence[Question],
     plan: ROMEConfig,
     engine: str,
     progress: Progress = no_progress,
-    together: int = TOGETHER,
+    together: int | None = None,
 ) -> list[Value]:
-    contexts = contexts_for(model, plan.contexts, plan.seed)
-    questions: list[Question] = []
-    for rewrite in rewrites:
-        say_traps(rewrite)
-        places = {"fact_token": plan.fact_token, "kl_at": plan.kl_at}
-        questions.append(question(model, rewrite, contexts, **places))
+    together = _together(model) if together is None else together
     # Rows of a batch are padded to its longest: those that are alike go together.
     order = sorted(range(len(questions)), key=lambda n: questions[n].reach)
     found: dict[int, Value] = {}
@@ -189,9 +208,41 @@ def _values(
             progress(begin * total + done * count, len(questions) * total)
 
         asked = [questions[number] for number in part]
-        values = optimise(model, asked, plan, engine=engine, progress=tell)
-        found |= dict(zip(part, values, strict=True))
+        found |= dict(zip(part, _that_fit(model, asked, plan, engine, tell), strict=True))
     return [found[number] for number in range(len(questions))]
+
+
+def _that_fit(
+    model: Model, asked: Sequence[Question], plan: ROMEConfig, engine: str, tell: Progress
+) -> list[Value]:
+    """The values of a batch; when memory runs out, of its halves."""
+    try:
+        return optimise(model, asked, plan, engine=engine, progress=tell)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(asked) == 1:
+            raise OutOfMemory(
+                f"the rows of {asked[0].rewrite.prompt!r} do not fit into memory; give fewer contexts, or a narrower dtype"
+            ) from None
+    torch.cuda.empty_cache()  # Not in the handler, whose traceback still holds the activations.
+    middle = len(asked) // 2
+    halves = asked[:middle], asked[middle:]
+    return [value for half in halves for value in _that_fit(model, half, plan, engine, tell)]
+
+
+def _together(model: Model) -> int:
+    wide = int(models.W_out(model, 0).shape[0]) >= WIDE
+    return TOGETHER_WIDE if wide and models.device_of(model).type == "cpu" else TOGETHER
+
+
+def _check_one_device(model: Model) -> None:
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ModelUnsupported(
+            f"{models.model_name(model)} is spread over {', '.join(devices)}; an edit is computed on one device: load it there, "
+            "in a narrower dtype if need be"
+        )
 
 
 def _change(values: Sequence[Value], plan: ROMEConfig, factor: Factor) -> RankOne | LowRank:
@@ -267,17 +318,21 @@ class _Memory:
 _memories: "weakref.WeakKeyDictionary[Model, tuple[tuple, _Memory]]" = weakref.WeakKeyDictionary()
 
 
-def _memory(model: Model, plan: ROMEConfig, moment: KeyMoment | None) -> _Memory:
-    """C of the layer; the last one of each model is kept, since a wide one takes seconds to factorise."""
+def _memory(
+    model: Model, plan: ROMEConfig, moment: KeyMoment | None, progress: Progress
+) -> _Memory:
+    """C of the layer; the last one of each model is kept factorised, since a wide one takes seconds."""
     layer = int(str(plan.layer))
     if moment is not None:
         return _remember(moment)
     if plan.moment == "identity":
         width = torch.eye(models.W_out(model, layer).shape[0], dtype=torch.float64)
         return _Memory(Factor(width, 0.0), {"corpus": "none: the identity"})
-    key = (edits.unedited_fingerprint(model), layer, plan.moment_tokens)
+    found = moment_for(model, layer, tokens=plan.moment_tokens, progress=progress)
+    # Asked for each time: more may have been gathered, or imported, in the meantime.
+    key = (layer, found.count, json.dumps(dict(found.about), sort_keys=True, default=str))
     if model not in _memories or _memories[model][0] != key:
-        _memories[model] = (key, _remember(moment_for(model, layer, tokens=plan.moment_tokens)))
+        _memories[model] = (key, _remember(found))
     return _memories[model][1]
 
 

@@ -4,6 +4,7 @@ Several rewrites are optimised in one batch: each has its own vector, and Adam w
 the path it would take alone.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from factlens import models, tails
 from factlens.derivatives import differentiable
 from factlens.editors.questions import Question
 from factlens.editors.rome_config import ROMEConfig
-from factlens.engines.problems import Progress, no_progress
-from factlens.errors import EditError, PlanError
+from factlens.engines.problems import Progress, is_out_of_memory, no_progress
+from factlens.errors import EditError, FactWarning, PlanError
 from factlens.facts import Rewrite
 from factlens.models import Model
 from factlens.tails import Reads, Tails
@@ -107,6 +108,11 @@ def optimise(
         used = "whole" if engine == "whole" else "tails"
         if engine == "auto" and not _agrees(model, cut, first, shortened):
             used = "whole"
+            warnings.warn(
+                f"{models.architecture(model)} is run whole in every step, since the shortened run does not give the same",
+                FactWarning,
+                stacklevel=2,
+            )
         run = shortened if used == "tails" else whole
         found = _descend(questions, cut, first, config, run, progress)
     return [
@@ -178,7 +184,9 @@ def _agrees(model: Model, cut: Tails, asked: _Asked, run: Run) -> bool:
     try:
         with torch.no_grad():
             again = run(still, asked.chosen, asked.reads)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise  # The long way takes more.
         return False  # An architecture that takes no prefix or no mask of this form: the long way is open.
     gap = again.float().log_softmax(-1) - cut.clean.float().log_softmax(-1)
     return float(gap.abs().max()) < AGREEMENT.get(models.dtype_of(model), 1e-3)
