@@ -12,8 +12,6 @@ from factlens.errors import PlanError
 from factlens.evaluation import evaluate, table
 from factlens.sweeps import best, sweep
 
-pytestmark = pytest.mark.filterwarnings("ignore:the edit of .* did not take")
-
 EDITORS = ["none", "C = identity", "rome"]
 QUICK = {"contexts": ("{}",), "steps": 6, "moment": "identity", "learning_rate": 1.0}
 

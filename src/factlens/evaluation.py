@@ -4,6 +4,7 @@ Records are independent: each is edited into the model as it was given, measured
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from factlens.benchmarks.atlas_counterfact import other_facts
 from factlens.benchmarks.counterfact import Record
 from factlens.edits import Edit, applied
 from factlens.engines.problems import Progress, no_progress
-from factlens.errors import EditError, FactError, PlanError
+from factlens.errors import EditError, FactError, FactWarning, PlanError
 from factlens.facts import Fact
 from factlens.metrics import PROTOCOL, harmonic_mean, magnitude, success
 from factlens.models import Model
@@ -141,7 +142,11 @@ def _edits(
     """The edit of each record; None without an editor."""
     if editor is None:
         return [None] * len(records)
-    return [*editors.each(editor, model, [record.rewrite for record in records], config)]
+    with warnings.catch_warnings():
+        # Whether an edit takes is what is measured; a line for each of hundreds would hide what is not.
+        for said in ("the edit of .* did not take", "the model says .* already"):
+            warnings.filterwarnings("ignore", said, FactWarning)
+        return [*editors.each(editor, model, [record.rewrite for record in records], config)]
 
 
 def _known(model: Model, records: Sequence[Record], others: Others) -> list[list[Pair]]:

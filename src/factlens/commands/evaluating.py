@@ -35,6 +35,9 @@ SHOWN = ("S", "ES", "PS", "NS", "retention")
 def evaluate(
     model: ModelName = "atlas",
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many records.")] = 200,
+    skip: Annotated[
+        int, typer.Option(min=0, help="Leave out so many of the first: records looked at before.")
+    ] = 0,
     records: Records = None,
     layer: Annotated[
         int | None, typer.Option("--layer", "-l", help="0-based; the config's without it.")
@@ -74,7 +77,7 @@ def evaluate(
         settings = _settings(config, layer, clamp)
         hooked = load(model, device, dtype)
         _gather_first(hooked, [settings])
-        chosen, others = _records(hooked, records, n, "test")
+        chosen, others = _records(hooked, records, n, "test", skip)
         plans: list[tuple[str, Any, Any]] = [("rome", rome, settings)]
         if control:
             plans = [
@@ -189,7 +192,7 @@ def _gather_first(model: Model, plans: Sequence[dict[str, Any]]) -> None:
 
 
 def _records(
-    model: Model, given: Path | None, n: int, part: str
+    model: Model, given: Path | None, n: int, part: str, skip: int = 0
 ) -> tuple[list[Record], Callable[..., Sequence[Any]]]:
     """The first `n` records of a file, or of the bundled ones' test or tune part; and where their subjects' other facts are."""
     from factlens.benchmarks.atlas_counterfact import counterfact, is_tuned, other_facts
@@ -200,7 +203,7 @@ def _records(
         mine = [r for r in read_records(given) if is_tuned(r.subject) == (part == "tune")]
         if not mine:
             raise usage(f"{given} has no {part} records: its subjects are all of the other part")
-        return mine[:n], lambda record: ()
+        return mine[skip : skip + n], lambda record: ()
     with progress("asking") as tell:
         bundled = counterfact(model, progress=lambda done, total: tell(done, total, ""))
     found = getattr(bundled, part)
@@ -209,9 +212,11 @@ def _records(
     console(stderr=True).print(
         f"{len(bundled)} records of the bundled facts; left out: {why}", style="dim", soft_wrap=True
     )
-    if not found:
-        raise usage(f"the model knows none of the bundled facts that {part} records are made of")
-    return list(found[:n]), other_facts
+    if len(found) <= skip:
+        raise usage(
+            f"there are {len(found)} {part} records of what the model knows, and {skip} are left out"
+        )
+    return list(found[skip : skip + n]), other_facts
 
 
 def _measured(
@@ -222,14 +227,9 @@ def _measured(
     others: Callable[..., Sequence[Any]],
     label: str,
 ) -> pd.DataFrame:
-    import warnings
-
-    from factlens.errors import FactWarning
     from factlens.evaluation import evaluate as run
 
-    with progress(label) as tell, warnings.catch_warnings():
-        # An edit that does not take is in the scores; a line for each of hundreds would hide them.
-        warnings.filterwarnings("ignore", category=FactWarning, message=".*(did not take|already)")
+    with progress(label) as tell:
         return run(
             model,
             editor,
