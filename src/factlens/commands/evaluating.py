@@ -201,8 +201,10 @@ def _records(
     if given is not None:
         # By subject, as the bundled ones: what is chosen on some is reported on others.
         mine = [r for r in read_records(given) if is_tuned(r.subject) == (part == "tune")]
-        if not mine:
-            raise usage(f"{given} has no {part} records: its subjects are all of the other part")
+        if len(mine) <= skip:
+            raise usage(
+                f"{given} has {len(mine)} {part} records (the others' subjects are of the other part), and {skip} are left out"
+            )
         return mine[skip : skip + n], lambda record: ()
     with progress("asking") as tell:
         bundled = counterfact(model, progress=lambda done, total: tell(done, total, ""))
