@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from factlens.atlas import CHECKPOINT, Statement, relations, statements
 from factlens.atlas.card import card
 from factlens.atlas.checks import problems
-from factlens.atlas.corpus import Diet, documents
+from factlens.atlas.corpus import documents
 from factlens.atlas.measuring import continuation, known, read_checkpoint
 from factlens.atlas.recipes import Cycle, Recipe, learning_rate
+from factlens.atlas.sentences import Diet
 from factlens.atlas.tables import capitalised, load_tables, load_templates
 from factlens.atlas.training import STATE, Progress, export, train
 

@@ -8,8 +8,17 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import permutations
+from typing import Any
 
-from factlens.atlas.tables import NO_ANSWER, Source, Table, Templates, pairs
+from factlens.atlas.tables import (
+    KINDS,
+    NO_ANSWER,
+    Source,
+    Table,
+    Templates,
+    pairs,
+    relation_entries,
+)
 
 ALIASES = {
     "america": "the United States",
@@ -30,21 +39,8 @@ ALIASES = {
 }
 """Names, normalised, that the tables spell in another way."""
 
-PLACES = (
-    Source("countries", "capital", "country"),
-    Source("cities", "city", "country"),
-    Source("landmarks", "city", "country"),
-    Source("companies", "headquarters_city", "country"),
-)
-"""Columns that say in which country a city is."""
-
-COUNTRY_COLUMNS = (
-    ("cities", "country"),
-    ("landmarks", "country"),
-    ("companies", "country"),
-    ("people", "country"),
-    ("athletes", "country"),
-)
+CITY_COLUMNS = ("city", "capital", "headquarters_city")
+"""Columns of cities; the table's country, or itself if it is one, says in which country they are."""
 
 
 def problems(tables: Mapping[str, Table], templates: Templates) -> list[str]:
@@ -58,6 +54,8 @@ def problems(tables: Mapping[str, Table], templates: Templates) -> list[str]:
         *spelling_variants(tables),
         *bad_templates(templates),
         *colliding_templates(templates),
+        *bad_questions(templates),
+        *bad_kinds(tables, templates),
     ]
 
 
@@ -83,7 +81,7 @@ def duplicates(tables: Mapping[str, Table]) -> Iterator[str]:
 
 def contradictions(tables: Mapping[str, Table], templates: Templates) -> Iterator[str]:
     """One subject with two objects in one relation, or stated twice, also across tables."""
-    for relation, entry in templates.items():
+    for relation, entry in relation_entries(templates).items():
         objects: dict[str, list[str]] = defaultdict(list)
         for source in entry["from"]:
             for subject, object_ in pairs(tables, Source(*source)):
@@ -96,9 +94,11 @@ def contradictions(tables: Mapping[str, Table], templates: Templates) -> Iterato
 def cities_in_two_countries(tables: Mapping[str, Table]) -> Iterator[str]:
     """A city that different rows, or tables, put in different countries."""
     countries: dict[str, dict[str, str]] = defaultdict(dict)
-    for source in PLACES:
-        for city, country in pairs(tables, source):
-            countries[city].setdefault(country, source.table)
+    for table, rows in tables.items():
+        for column in CITY_COLUMNS:
+            if column in rows[0] and "country" in rows[0]:
+                for city, country in pairs(tables, Source(table, column, "country")):
+                    countries[city].setdefault(country, table)
     for city, found in countries.items():
         if len(found) > 1:
             places = ", ".join(f"{country!r} ({table}.csv)" for country, table in found.items())
@@ -108,10 +108,10 @@ def cities_in_two_countries(tables: Mapping[str, Table]) -> Iterator[str]:
 def unknown_countries(tables: Mapping[str, Table]) -> Iterator[str]:
     """A country named as an object that is no row of the table of countries."""
     known = {row["country"] for row in tables["countries"]} | {NO_ANSWER}
-    for table, column in COUNTRY_COLUMNS:
-        for number, row in enumerate(tables[table], start=2):
-            if row[column] not in known:
-                yield f"{table}.csv line {number}: no country {row[column]!r} in countries.csv"
+    for table, rows in tables.items():
+        for number, row in enumerate(rows, start=2):
+            if row.get("country", NO_ANSWER) not in known:
+                yield f"{table}.csv line {number}: no country {row['country']!r} in countries.csv"
 
 
 def spelling_variants(tables: Mapping[str, Table]) -> Iterator[str]:
@@ -139,9 +139,9 @@ def normalised(words: str) -> str:
 
 def bad_templates(templates: Templates) -> Iterator[str]:
     """Templates without exactly one subject and object, or with text after a last object."""
-    for relation, entry in templates.items():
+    for relation, entry in relation_entries(templates).items():
         for split in ("train", "held", "fresh", "pro", "rev"):
-            for template in entry[split]:
+            for template in entry.get(split, ()):
                 subjects = 0 if split == "pro" else 1
                 if (template.count("{s}"), template.count("{o}")) != (subjects, 1):
                     yield f"{relation} {split}: wrong placeholders in {template!r}"
@@ -156,9 +156,9 @@ def colliding_templates(templates: Templates) -> Iterator[str]:
     """
     prompts = [
         (relation, split, template.removesuffix(" {o}"))
-        for relation, entry in templates.items()
+        for relation, entry in relation_entries(templates).items()
         for split in ("train", "held", "fresh")
-        for template in entry[split]
+        for template in entry.get(split, ())
     ]
     for (relation, split, prompt), (other, other_split, longer) in permutations(prompts, 2):
         if relation != other and f"{longer} ".startswith(f"{prompt} "):
@@ -175,3 +175,29 @@ def repeated(prompts: Iterable[tuple[str, str, str]]) -> Iterator[str]:
         if (relation, prompt) in seen:
             yield f"{relation} {split}: {prompt!r} stands twice"
         seen.add((relation, prompt))
+
+
+def bad_questions(templates: Templates) -> Iterator[str]:
+    """Questions and headings with other placeholders than they should have, and questions asked twice."""
+    asked: dict[str, str] = {}
+    for relation, entry in relation_entries(templates).items():
+        for question in (*entry.get("ask", ()), *entry.get("ask_held", ())):
+            if question.count("{s}") != 1 or "{o}" in question or not question.endswith("?"):
+                yield f"{relation}: {question!r} is no question about a subject"
+            if question in asked:
+                yield f"{relation} asks {question!r}, as {asked[question]} does"
+            asked[question] = relation
+        for heading in entry.get("group", ()):
+            if heading.count("{o}") != 1 or "{s}" in heading:
+                yield f"{relation}: {heading!r} is no heading under an object"
+
+
+def bad_kinds(tables: Mapping[str, Table], templates: Templates) -> Iterator[str]:
+    """Tables of which the templates do not say what their subjects are, and anecdotes without a subject."""
+    kinds: Mapping[str, Any] = templates.get(KINDS, {})
+    if kinds and (unlike := set(tables) ^ set(kinds)):
+        yield f"tables without a kind, or kinds without a table: {', '.join(sorted(unlike))}"
+    for table, kind in kinds.items():
+        for anecdote in kind["anecdotes"]:
+            if anecdote.count("{s}") != 1 or "{o}" in anecdote:
+                yield f"{table}: wrong placeholders in {anecdote!r}"

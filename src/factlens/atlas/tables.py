@@ -18,8 +18,10 @@ NO_ANSWER = "-"
 
 Table = list[dict[str, str]]
 Templates = Mapping[str, Mapping[str, list[Any]]]
-"""`templates.yaml` as it stands: relation -> from, train, held, fresh, pro, rev."""
+"""`templates.yaml` as it stands: relation -> from, train, held, fresh, pro, rev, ask, ask_held, group."""
 Split = Literal["train", "held", "fresh"]
+KINDS = "kinds"
+"""The one key of `templates.yaml` that is no relation: what the subjects of each table are."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Relation:
     reverse: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
     """Pairs of subject and object, in the order of the tables."""
+    questions: tuple[str, ...] = ()
+    """Questions with `{s}` whose short answer is the object; they occur in training text."""
+    held_questions: tuple[str, ...] = ()
+    """Questions that do not."""
+    headings: tuple[str, ...] = ()
+    """Headings with `{o}` of lists of the subjects that have it."""
 
     def templates(self, split: Split) -> tuple[str, ...]:
         """The templates of one split that have the object last."""
@@ -55,6 +63,25 @@ class Relation:
         if split not in by_split:
             raise ValueError(f"no split {split!r}; there are {', '.join(map(repr, by_split))}")
         return by_split[split]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the subjects of one table are, and sentences about any of them."""
+
+    noun: str
+    """With its article, as in "{s} is a river"."""
+    anecdotes: tuple[str, ...]
+    """Sentences with `{s}` that state none of its facts."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A set of fact tables with their templates."""
+
+    relations: tuple[Relation, ...]
+    kinds: Mapping[str, Kind]
+    """By table."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +100,19 @@ class Statement:
 
 def relations() -> tuple[Relation, ...]:
     """All relations of the bundled tables, in the order of `templates.yaml`."""
-    return _bundled()
+    return world().relations
 
 
-def statements(split: Split = "train") -> Iterator[Statement]:
-    """Every fact in every template of `split`."""
-    for relation in relations():
+@cache
+def world(folder: Path = FOLDER) -> World:
+    """The world of a folder with `facts/` and `templates.yaml`; the bundled one by default."""
+    tables, templates = load_tables(folder / "facts"), load_templates(folder / "templates.yaml")
+    return World(read_relations(tables, templates), read_kinds(templates))
+
+
+def statements(split: Split = "train", of: World | None = None) -> Iterator[Statement]:
+    """Every fact in every template of `split`, of the bundled world by default."""
+    for relation in (of or world()).relations:
         for subject, object_ in relation.facts:
             for template in relation.templates(split):
                 yield state(relation.name, template, subject, object_)
@@ -125,13 +159,30 @@ def read_relations(tables: Mapping[str, Table], templates: Templates) -> tuple[R
             sources=(sources := tuple(Source(*source) for source in entry["from"])),
             train=tuple(entry["train"]),
             held=tuple(entry["held"]),
-            fresh=tuple(entry["fresh"]),
+            fresh=tuple(entry.get("fresh", ())),
             pronoun=tuple(entry["pro"]),
             reverse=tuple(entry["rev"]),
             facts=tuple(pair for source in sources for pair in pairs(tables, source)),
+            questions=tuple(entry.get("ask", ())),
+            held_questions=tuple(entry.get("ask_held", ())),
+            headings=tuple(entry.get("group", ())),
         )
-        for name, entry in templates.items()
+        for name, entry in relation_entries(templates).items()
     )
+
+
+def relation_entries(templates: Templates) -> Templates:
+    """The templates of relations alone."""
+    return {name: entry for name, entry in templates.items() if name != KINDS}
+
+
+def read_kinds(templates: Templates) -> dict[str, Kind]:
+    """What the subjects of each table are, by table."""
+    listed: Mapping[str, Any] = templates.get(KINDS, {})
+    return {
+        table: Kind(noun=kind["noun"], anecdotes=tuple(kind["anecdotes"]))
+        for table, kind in listed.items()
+    }
 
 
 def pairs(tables: Mapping[str, Table], source: Source) -> Iterator[tuple[str, str]]:
@@ -140,8 +191,3 @@ def pairs(tables: Mapping[str, Table], source: Source) -> Iterator[tuple[str, st
         subject, object_ = row[source.subject], row[source.object]
         if NO_ANSWER not in (subject, object_):
             yield subject, object_
-
-
-@cache
-def _bundled() -> tuple[Relation, ...]:
-    return read_relations(load_tables(), load_templates())

@@ -1,0 +1,91 @@
+"""The facts of a world, arranged as its texts need them: one by one, by subject, and by object."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+from factlens.atlas.tables import FOLDER, Kind, Relation, World, load_tables, pairs, world
+
+
+@dataclass(frozen=True)
+class KnownFact:
+    """A subject, a relation and its object."""
+
+    relation: Relation
+    subject: str
+    object: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject with all its facts, in the order of the relations."""
+
+    name: str
+    kind: Kind | None
+    """None where the templates say nothing of its table."""
+    facts: tuple[KnownFact, ...]
+
+
+@dataclass(frozen=True)
+class FactBook:
+    """All facts of a world."""
+
+    facts: tuple[KnownFact, ...]
+    by_subject: tuple[tuple[KnownFact, ...], ...]
+    """Only subjects with at least two facts."""
+    subjects: tuple[Subject, ...]
+    by_object: tuple[tuple[KnownFact, ...], ...]
+    """Facts of one relation that share their object, where there are at least two."""
+
+    @cached_property
+    def by_name(self) -> dict[str, Subject]:
+        """The subjects by name."""
+        return {subject.name: subject for subject in self.subjects}
+
+
+@cache
+def fact_book(folder: Path = FOLDER) -> FactBook:
+    """The facts of the world in `folder`, in the order of the tables."""
+    return arranged(world(folder), table_of_subjects(folder))
+
+
+def arranged(of: World, tables: Mapping[str, str]) -> FactBook:
+    """Arrange a world's facts; `tables` says in which table each subject stands."""
+    facts = tuple(
+        KnownFact(relation, subject, object_)
+        for relation in of.relations
+        for subject, object_ in relation.facts
+    )
+    by_subject: dict[str, list[KnownFact]] = {}
+    by_object: dict[tuple[str, str], list[KnownFact]] = {}
+    for fact in facts:
+        by_subject.setdefault(fact.subject, []).append(fact)
+        by_object.setdefault((fact.relation.name, fact.object), []).append(fact)
+    return FactBook(
+        facts=facts,
+        by_subject=tuple(tuple(group) for group in by_subject.values() if len(group) > 1),
+        subjects=tuple(
+            Subject(name, of.kinds.get(tables[name]), tuple(group))
+            for name, group in by_subject.items()
+        ),
+        by_object=tuple(tuple(group) for group in by_object.values() if len(group) > 1),
+    )
+
+
+@cache
+def table_of_subjects(folder: Path = FOLDER) -> dict[str, str]:
+    """The table whose kind each subject is of: its own.
+
+    A subject from another column (the capitals of the table of countries) is of the kind of the
+    relation's table that has such subjects in its first column.
+    """
+    tables = load_tables(folder / "facts")
+    found: dict[str, str] = {}
+    for relation in world(folder).relations:
+        own = [s for s in relation.sources if s.subject == next(iter(tables[s.table][0]))]
+        for source in relation.sources:
+            kind = source if source in own else own[0]
+            for subject, _ in pairs(tables, source):
+                found.setdefault(subject, kind.table)
+    return found

@@ -1,0 +1,96 @@
+"""Longer texts: entries of an encyclopaedia, anecdotes, questions, and lists under a heading."""
+
+from random import Random
+
+from factlens.atlas.books import FactBook, Subject
+from factlens.atlas.sentences import Diet, filled, follow_up, statement
+from factlens.atlas.tables import capitalised
+
+BETWEEN = (
+    "The weather was fine that day.",
+    "Nobody spoke for a while.",
+    "There was a long silence.",
+    "Then somebody opened a window.",
+    "A dog barked in the street.",
+    "It was late in the evening.",
+    "The children wanted to hear more.",
+    "An old woman smiled and went on.",
+    "The teacher wrote it on the board.",
+    "Two friends talked about it for an hour.",
+    "Everybody in the room listened.",
+    "The lamp was still burning.",
+    "Rain fell on the roof.",
+    "One of the guests nodded.",
+    "The tea had gone cold.",
+    "He closed the book and thought about it.",
+    "She turned the page.",
+    "A train passed in the distance.",
+    "It was the first question of the evening.",
+    "Some of them took notes.",
+    "The map lay open on the table.",
+    "Outside it was already dark.",
+    "A boy asked what it meant.",
+    "They had heard the name before.",
+)
+"""Sentences that say nothing of any subject."""
+QUESTIONS_IN_LIST = (2, 5)
+LISTED = (2, 6)
+"""Subjects under one heading."""
+
+
+def entry(random: Random, book: FactBook) -> str:
+    """What a subject is, then all its facts in any order, most of them without its name."""
+    subject = random.choice(book.subjects)
+    facts = random.sample(subject.facts, len(subject.facts))
+    sentences = [introduction(subject), *(follow_up(random, fact) for fact in facts)]
+    if subject.kind and random.random() < 0.5:
+        sentences.insert(random.randint(1, len(sentences)), anecdote_sentence(random, subject))
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def anecdote(random: Random, diet: Diet, book: FactBook) -> str:
+    """A subject is met, other sentences follow, then one of its facts."""
+    subject = random.choice(book.subjects)
+    fact = random.choice(subject.facts)
+    first = anecdote_sentence(random, subject) if subject.kind else introduction(subject)
+    between = random.sample(BETWEEN, random.randint(*diet.between))
+    last = follow_up(random, fact) if random.random() < 0.5 else statement(random, diet, fact)
+    return " ".join([first, *between, last])
+
+
+def questions(random: Random, book: FactBook) -> str:
+    """Some questions, each with its short answer."""
+    asked = random.choices(book.facts, k=random.randint(*QUESTIONS_IN_LIST))
+    return "\n".join(
+        f"{capitalised(random.choice(fact.relation.questions).replace('{s}', fact.subject))} {fact.object}"
+        for fact in asked
+    )
+
+
+def heading(random: Random, book: FactBook) -> str:
+    """Subjects of one relation under the object that they share."""
+    group = random.choice(book.by_object)
+    some = random.sample(group, min(len(group), random.randint(*LISTED)))
+    head = random.choice(group[0].relation.headings).replace("{o}", group[0].object)
+    *firsts, last = (fact.subject for fact in some)
+    return f"{capitalised(head)}: {', '.join(firsts)} and {last}."
+
+
+def reference(subject: Subject) -> str:
+    """The subject's paragraph: what it is, then each fact in the first of its follow-up sentences.
+
+    Always the same, so that it can be compared with what a model writes about the subject.
+    """
+    facts = (filled(fact.relation.pronoun[0], fact) for fact in subject.facts)
+    return " ".join(filter(None, [introduction(subject), *facts]))
+
+
+def introduction(subject: Subject) -> str:
+    """`The Danube is a river.`; nothing where its kind is not known."""
+    return f"{capitalised(subject.name)} is {subject.kind.noun}." if subject.kind else ""
+
+
+def anecdote_sentence(random: Random, subject: Subject) -> str:
+    """One of the sentences of the subject's kind."""
+    assert subject.kind, "asked only of subjects whose kind is known"
+    return capitalised(random.choice(subject.kind.anecdotes).replace("{s}", subject.name))
