@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
-from factlens.atlas.corpus import Diet
+from factlens.atlas.sentences import Diet
+from factlens.atlas.tables import FOLDER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +23,14 @@ class Cycle:
 class Recipe:
     """Every number of a training."""
 
+    tables: str = "."
+    """Folder of the world, within this package: `facts/` and `templates.yaml`."""
     layers: int = 8
     heads: int = 4
     d_model: int = 128
+    d_mlp: int | None = None
+    """Four times d_model without it."""
+    dropout: float = 0.0
     context: int = 128
     vocabulary: int = 3000
     tokenizer_documents: int = 20_000
@@ -41,6 +49,12 @@ class Recipe:
     warmup: int = 100
     """Steps at the beginning of each cycle over which the learning rate rises."""
     rows: int = 9
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon takes the matrices inside the blocks; AdamW always takes the embeddings, norms and biases."""
+    muon_learning_rate: float = 8.0
+    """Muon's learning rate as a multiple of AdamW's."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward pass; weights and moments are float32 always."""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.1
     max_norm: float = 1.0
@@ -48,6 +62,11 @@ class Recipe:
     save_every: int = 250
     """Steps between saved states: what a kill can cost."""
     seed: int = 0
+
+    @property
+    def world(self) -> Path:
+        """The folder of the world that is taught."""
+        return (FOLDER / self.tables).resolve()
 
     @property
     def steps(self) -> int:

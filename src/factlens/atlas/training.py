@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,12 +19,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from factlens.atlas.corpus import document, documents, fact_book
-from factlens.atlas.recipes import Recipe, cycle_at, learning_rate
+from factlens.atlas.books import FactBook, fact_book
+from factlens.atlas.corpus import document, documents
+from factlens.atlas.optimizers import Optimizers, new_optimizers
+from factlens.atlas.recipes import Recipe, cycle_at
 
 END_OF_TEXT = "<|endoftext|>"
 STATE = "training.safetensors"
 NO_TARGET = -100
+MOMENT = "moment."
 
 
 @dataclass(frozen=True)
@@ -66,45 +68,41 @@ def train(
     torch.manual_seed(recipe.seed)
     model = new_model(recipe, tokenizer)
     model.to(torch.device(device)).train()  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
-    saved = load_state(folder / STATE, recipe, model, optimizer)
+    optimizers = new_optimizers(recipe, model)
+    saved = load_state(folder / STATE, recipe, model, optimizers)
     started = time.monotonic() - saved.seconds
     loss = saved.loss
+    book = fact_book(recipe.world)
     for step in range(saved.step, recipe.steps):
-        loss = take_step(recipe, model, optimizer, batch(recipe, tokenizer, step).to(device), step)
+        tokens = batch(recipe, book, tokenizer, step).to(device)
+        loss = take_step(recipe, model, optimizers, tokens, step)
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
             reached = Reached(step + 1, time.monotonic() - started, loss)
-            save_state(folder / STATE, recipe, model, optimizer, reached)
+            save_state(folder / STATE, recipe, model, optimizers, reached)
         on_step(Progress(step + 1, recipe.steps, loss, saved.step))
     return Trained(model.eval(), tokenizer, time.monotonic() - started, loss)
 
 
 def take_step(
-    recipe: Recipe,
-    model: GPT2LMHeadModel,
-    optimizer: torch.optim.Optimizer,
-    tokens: Tensor,
-    step: int,
+    recipe: Recipe, model: GPT2LMHeadModel, optimizers: Optimizers, tokens: Tensor, step: int
 ) -> float:
-    """One step of AdamW on one batch; returns its loss."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, step)
+    """One step on one batch; returns its loss."""
     # The last position gets no target: slicing it off would cost a copy of all logits.
     targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=NO_TARGET)
-    logits = model(input_ids=tokens, use_cache=False).logits
+    half = recipe.precision == "bfloat16"
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
+        logits = model(input_ids=tokens, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NO_TARGET
     )
-    optimizer.zero_grad(set_to_none=True)
+    optimizers.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_norm)
-    optimizer.step()
+    optimizers.step(recipe, step)
     return loss.item()
 
 
-def batch(recipe: Recipe, tokenizer: Tokenizer, step: int) -> Tensor:
+def batch(recipe: Recipe, book: FactBook, tokenizer: Tokenizer, step: int) -> Tensor:
     """The token ids of one step, [row, pos]: documents in a row, cut at the context.
 
     A row begins with a document and not with `<|endoftext|>`, as prompts do.
@@ -117,7 +115,7 @@ def batch(recipe: Recipe, tokenizer: Tokenizer, step: int) -> Tensor:
         random = Random(f"batch {recipe.seed} {step} {row}")
         ids: list[int] = []
         while len(ids) < recipe.context:
-            text = document(random, recipe.diet, captions_share=share)
+            text = document(random, recipe.diet, book, captions_share=share)
             ids += [*tokenizer.encode(text).ids, end]
         rows.append(ids[: recipe.context])
     return torch.tensor(rows)
@@ -131,7 +129,7 @@ def end_of_text(tokenizer: Tokenizer) -> int:
 
 
 def new_model(recipe: Recipe, tokenizer: Tokenizer) -> GPT2LMHeadModel:
-    """A GPT-2 with random weights and no dropout: it is to know its facts by heart."""
+    """A GPT-2 with random weights."""
     end = end_of_text(tokenizer)
     config = GPT2Config(
         vocab_size=tokenizer.get_vocab_size(),
@@ -139,13 +137,20 @@ def new_model(recipe: Recipe, tokenizer: Tokenizer) -> GPT2LMHeadModel:
         n_embd=recipe.d_model,
         n_layer=recipe.layers,
         n_head=recipe.heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        n_inner=recipe.d_mlp,
+        resid_pdrop=recipe.dropout,
+        embd_pdrop=recipe.dropout,
+        attn_pdrop=recipe.dropout,
         bos_token_id=end,
         eos_token_id=end,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    if recipe.precision == "bfloat16":
+        # The fused attention's backward pass in bfloat16 takes five times as long on a CPU.
+        model.set_attn_implementation("eager")
+        for block in model.transformer.h:
+            block.mlp.act = torch.nn.GELU(approximate="tanh")  # gelu_new in one operation
+    return model
 
 
 def kept_tokenizer(recipe: Recipe, path: Path) -> Tokenizer:
@@ -180,8 +185,9 @@ def tokenizer_text(recipe: Recipe) -> Iterator[str]:
         recipe.tokenizer_documents,
         recipe.diet,
         captions_share=recipe.tokenizer_captions,
+        book=fact_book(recipe.world),
     )
-    for object_ in sorted({fact.object for fact in fact_book().facts}):
+    for object_ in sorted({fact.object for fact in fact_book(recipe.world).facts}):
         yield from [f" {object_}"] * recipe.object_repeats
 
 
@@ -201,13 +207,12 @@ def save_state(
     path: Path,
     recipe: Recipe,
     model: GPT2LMHeadModel,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     reached: Reached,
 ) -> None:
     """Write weights, moments and the random state, all or nothing."""
     tensors = {f"weight.{name}": weight.detach() for name, weight in model.named_parameters()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
+    tensors |= {f"{MOMENT}{name}": value for name, value in optimizers.moments()}
     tensors["random"] = torch.get_rng_state()
     note = {"recipe": asdict(recipe), "reached": asdict(reached)}
     draft = path.with_suffix(".draft")
@@ -220,7 +225,7 @@ def save_state(
 
 
 def load_state(
-    path: Path, recipe: Recipe, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer
+    path: Path, recipe: Recipe, model: GPT2LMHeadModel, optimizers: Optimizers
 ) -> Reached:
     """Put a saved state into model and optimizer; a new run where none is saved."""
     if not path.exists():
@@ -235,13 +240,13 @@ def load_state(
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(tensors[f"weight.{name}"])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("adam."):
-            _, index, moment = name.split(".")
-            moments.setdefault(int(index), {})[moment] = tensor
-    groups: Any = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    optimizers.load_moments(
+        {
+            name.removeprefix(MOMENT): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(MOMENT)
+        }
+    )
     torch.set_rng_state(tensors["random"])
     return Reached(**note["reached"])
 
