@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from factlens.errors import MomentError
+
+if TYPE_CHECKING:
+    from factlens.atlas.recipes import Recipe
 
 BUNDLED = "atlas-corpus"
 
@@ -33,18 +37,25 @@ class Corpus:
 
 def bundled(seed: int = 0) -> Corpus:
     """The text that atlas was trained on: the mixture of its last training cycle, without end."""
-    from factlens.atlas.corpus import documents
     from factlens.atlas.recipes import Recipe
 
-    recipe = Recipe()
+    return of_recipe(Recipe(), seed)
+
+
+def of_recipe(recipe: "Recipe", seed: int = 0) -> Corpus:
+    """The text of a training, as `bundled` is that of the shipped one."""
+    from factlens.atlas.books import fact_book
+    from factlens.atlas.corpus import documents
+
+    book, share = fact_book(recipe.world), recipe.cycles[-1].captions
 
     def read(start: int) -> Iterator[str]:
         # The generator has to be run from its beginning: seven microseconds a document.
-        share = recipe.cycles[-1].captions
-        found = documents(seed, sys.maxsize, recipe.diet, captions_share=share)
+        found = documents(seed, sys.maxsize, recipe.diet, captions_share=share, book=book)
         return islice(found, start, None)
 
-    return Corpus(BUNDLED if seed == 0 else f"{BUNDLED}-seed-{seed}", read)
+    name = BUNDLED if recipe.tables == "." else f"{BUNDLED}-{recipe.tables}"
+    return Corpus(name if seed == 0 else f"{name}-seed-{seed}", read)
 
 
 def text_files(paths: Sequence[str | Path]) -> Corpus:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pandas as pd
 
+from factlens.benchmarks.atlas_counterfact import other_facts
 from factlens.benchmarks.counterfact import Record
 from factlens.editors import Editor
 from factlens.engines.problems import Progress, no_progress
 from factlens.errors import PlanError
-from factlens.evaluation import evaluate, table
+from factlens.evaluation import Others, evaluate, table
 from factlens.models import Model
 
 
@@ -21,12 +22,13 @@ def sweep(
     grid: Mapping[str, Sequence[Any]],
     *,
     config: Mapping[str, Any] | None = None,
+    others: Others = other_facts,
     progress: Progress = no_progress,
 ) -> pd.DataFrame:
     """Evaluate every combination of `grid` (setting -> values) on the same records.
 
     One row for each: the settings, then the columns of `evaluation.table`, best first (`best`). What is chosen here is to be
-    reported on other records. `config` holds the settings that stay.
+    reported on other records. `config` holds the settings that stay, `others` is `evaluate`'s.
 
     Raises:
         PlanError: nothing to choose from.
@@ -42,7 +44,12 @@ def sweep(
             progress(number * len(chosen) + done, total)
 
         frame = evaluate(
-            model, editor, chosen, config={**(config or {}), **settings}, progress=tell
+            model,
+            editor,
+            chosen,
+            config={**(config or {}), **settings},
+            others=others,
+            progress=tell,
         )
         row = table(frame).iloc[0].to_dict()
         rows.append({**settings, **row})

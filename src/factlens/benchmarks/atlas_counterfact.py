@@ -5,15 +5,15 @@ does not depend on which others there are.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import pandas as pd
 
 from factlens import metrics
-from factlens.atlas import Relation, relations
-from factlens.atlas.tables import state
+from factlens.atlas import Relation
+from factlens.atlas.tables import Split, World, state, world
 from factlens.benchmarks.counterfact import Record, Target
 from factlens.engines.problems import Progress, no_progress
 from factlens.errors import FactError
@@ -27,7 +27,20 @@ PROMPTS = 10
 PARAPHRASES = 2
 TUNED = 4
 """One subject of so many is for choosing a layer and a clamp, the others for testing them."""
-IMPLIED = (frozenset({"landmark_city", "landmark_country"}),)
+IMPLIED = tuple(
+    frozenset(pair)
+    for pair in (
+        ("landmark_city", "landmark_country"),
+        ("university_city", "university_country"),
+        ("club_city", "club_country"),
+        ("hq", "company_country"),
+        ("birthplace", "person_country"),
+        ("mountain_range", "mountain_country"),
+        ("island_sea", "island_country"),
+        ("river_mouth", "river_country"),
+        ("continent", "country_region"),
+    )
+)
 """Pairs of relations of which a new object of one can make the other's false by right: they say nothing of retention."""
 ASKED = 256
 """Records whose targets are scored between two reports of progress."""
@@ -73,6 +86,7 @@ def counterfact(
     *,
     only: Collection[str] | None = None,
     seed: int = 0,
+    of: World | None = None,
     progress: Progress = no_progress,
 ) -> Records:
     """The atlas-CounterFact records: one counterfactual for each bundled fact that has enough neighbours.
@@ -84,11 +98,12 @@ def counterfact(
         model: whose probabilities decide; None takes every record.
         only: names of the relations to take; all by default.
         seed: of the draws of objects, sentences, neighbours and the order.
+        of: another world than the bundled one.
         progress: told (records asked, records in all).
     """
     kept: list[Record] = []
     dropped: list[tuple[str, str]] = []
-    for number, relation, subject, object_ in _numbered(only):
+    for number, relation, subject, object_ in _numbered(of or world(), only):
         made = _record(relation, subject, object_, number, str(seed))
         if isinstance(made, Record):
             kept.append(made)
@@ -109,20 +124,43 @@ def other_facts(record: Record) -> list[Fact]:
 
     Each is asked in a training and in a held-out sentence. Facts that the new object changes by right are left out (`IMPLIED`).
     """
-    asked: list[Fact] = []
-    about = dict(_by_subject().get(record.subject.casefold(), ()))
-    if record.relation_id not in about:
-        return []
-    for name, (subject, object_) in about.items():
-        if name == record.relation_id or {name, record.relation_id} in IMPLIED:
-            continue
-        for split in ("train", "held"):
-            templates = _relation(name).templates(split)  # type: ignore[arg-type]
-            template = _drawn(templates, "other", split, str(record.case_id), name)[0]
-            stated = state(name, template, subject, object_)
-            identity = f"{name}/{subject}/{split}"
-            asked.append(Fact(stated.prompt, stated.subject, object_, name, identity))
-    return asked
+    return _bundled_others()(record)
+
+
+@cache
+def _bundled_others() -> Callable[[Record], list[Fact]]:
+    return others_of(world())
+
+
+def others_of(of: World) -> Callable[[Record], list[Fact]]:
+    """`other_facts` of any world."""
+    by_subject: dict[str, dict[str, tuple[Relation, str, str]]] = {}
+    for relation in of.relations:
+        for subject, object_ in relation.facts:
+            found = by_subject.setdefault(subject.casefold(), {})
+            found[relation.name] = (relation, subject, object_)
+
+    def others(record: Record) -> list[Fact]:
+        about = by_subject.get(record.subject.casefold(), {})
+        if record.relation_id not in about:
+            return []
+        return [
+            _asked(record, *fact, split)
+            for name, fact in about.items()
+            if name != record.relation_id and {name, record.relation_id} not in IMPLIED
+            for split in ("train", "held")
+        ]
+
+    return others
+
+
+def _asked(record: Record, relation: Relation, subject: str, object_: str, split: Split) -> Fact:
+    """One of the subject's other facts in a sentence of the split."""
+    templates = relation.templates(split)
+    template = _drawn(templates, "other", split, str(record.case_id), relation.name)[0]
+    stated = state(relation.name, template, subject, object_)
+    identity = f"{relation.name}/{subject}/{split}"
+    return Fact(stated.prompt, stated.subject, object_, relation.name, identity)
 
 
 # -- one record ------------------------------------------------------------------------------------
@@ -210,16 +248,16 @@ def _likelier(model: Model, records: Sequence[Record], progress: Progress) -> se
 # -- the tables ------------------------------------------------------------------------------------
 
 
-def _numbered(only: Collection[str] | None) -> Iterator[tuple[int, Relation, str, str]]:
+def _numbered(of: World, only: Collection[str] | None) -> Iterator[tuple[int, Relation, str, str]]:
     """Every fact of the relations, with its number in the tables, whichever relations are taken.
 
     Raises:
         FactError: no such relation.
     """
-    known = [relation.name for relation in relations()]
+    known = [relation.name for relation in of.relations]
     if unknown := set(only or ()) - set(known):
         raise FactError(f"no relation {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    facts = ((relation, *pair) for relation in relations() for pair in relation.facts)
+    facts = ((relation, *pair) for relation in of.relations for pair in relation.facts)
     for number, (relation, subject, object_) in enumerate(facts):
         if only is None or relation.name in only:
             yield number, relation, subject, object_
@@ -227,21 +265,6 @@ def _numbered(only: Collection[str] | None) -> Iterator[tuple[int, Relation, str
 
 def _having(relation: Relation, object_: str) -> list[str]:
     return [subject for subject, found in relation.facts if found == object_]
-
-
-@cache
-def _by_subject() -> dict[str, tuple[tuple[str, tuple[str, str]], ...]]:
-    """For each subject, in small letters: (relation, (subject, object)) of its facts."""
-    found: dict[str, tuple[tuple[str, tuple[str, str]], ...]] = {}
-    for relation in relations():
-        for subject, object_ in relation.facts:
-            key = subject.casefold()
-            found[key] = (*found.get(key, ()), (relation.name, (subject, object_)))
-    return found
-
-
-def _relation(name: str) -> Relation:
-    return next(each for each in relations() if each.name == name)
 
 
 def _drawn(items: Sequence[str], *mark: str) -> list[str]:
