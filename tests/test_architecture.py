@@ -14,7 +14,8 @@ import factlens
 
 SOURCE = Path(factlens.__file__).parent
 LAYERS = [
-    ["cli", "panels", "scaling", "edit_benchmark"],
+    ["cli", "panels", "scaling", "edit_benchmark", "atlas_search"],
+    ["atlas_measures"],
     ["benchmark"],
     [
         "commands.tracing",

@@ -84,7 +84,7 @@ class Grids:
 
 def grids(trace: Trace, metric: str | None = None) -> Grids:
     """The effects of each fact of a trace. Columns name the facts themselves, since traces number theirs apart."""
-    names = {number: _label(fact) for number, fact in enumerate(trace.facts)}
+    names = {number: fact_label(fact) for number, fact in enumerate(trace.facts)}
     frame = with_effect(trace.frame, metric)
     states = (frame["kind"] == "state") & (frame["severed"] == "none") & (frame["layer"] >= 0)
     single = frame[states].groupby(["layer", "role", "fact"])["effect"].mean().unstack()
@@ -237,11 +237,12 @@ def over_gradients(main: Trace, attributed: Trace) -> Compared:
 
 def _by_fact(trace: Trace, values: pd.Series) -> pd.Series:
     """Indexed by the fact itself, since traces of a run number their facts apart."""
-    labels = [_label(trace.facts[number]) for number in values.index]
+    labels = [fact_label(trace.facts[number]) for number in values.index]
     return pd.Series(values.to_numpy(), index=labels)
 
 
-def _label(fact: Fact) -> str:
+def fact_label(fact: Fact) -> str:
+    """What the rows of the tables are called: traces of a run number their facts apart."""
     return "\0".join(map(str, astuple(fact)))
 
 

@@ -1,0 +1,86 @@
+"""The trainings that were compared: a baseline, and recipes that differ from it in one factor each.
+
+`python -m factlens.atlas_search` runs them; docs/atlas.md shows what came of it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from factlens.atlas.recipes import Cycle, Recipe
+from factlens.atlas.sentences import Diet
+
+SHORT = 2800
+"""Steps of a short training."""
+DIET = Diet(
+    biographies=0.03,
+    reversed=0.02,
+    entries=0.05,
+    anecdotes=0.04,
+    questions=0.03,
+    headings=0.02,
+)
+BASELINE = Recipe(
+    tables="wide",
+    vocabulary=6000,
+    diet=DIET,
+    rows=8,
+    cycles=(Cycle(steps=SHORT, learning_rate=3e-3, captions=0.6),),
+    captions_first=500,
+    optimizer="muon",
+    precision="bfloat16",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe with a name."""
+
+    name: str
+    about: str
+    """What differs from the baseline."""
+    recipe: Recipe
+
+
+def variants() -> dict[str, Variant]:
+    """All variants by name, the baseline first."""
+    made = [
+        Variant("baseline", "the baseline", BASELINE),
+        _with("heads-1", "one attention head a block instead of four", heads=1),
+        _with("heads-2", "two attention heads a block", heads=2),
+        _with("captions-30", "captions 30 % of the text instead of 60 %", captions=0.3),
+        _with("captions-85", "captions 85 % of the text", captions=0.85),
+        _with("captions-late", "no stretch of captions alone at the beginning", captions_first=0),
+        _with(
+            "caption-lists",
+            "one to three attributes after each name of a caption, not one",
+            diet=replace(DIET, caption_objects=(1, 3)),
+        ),
+        _with("vocabulary-2000", "a vocabulary of 2 000 pieces instead of 6 000", vocabulary=2000),
+        _with("depth-12", "twelve blocks instead of eight", layers=12),
+        _with("width-192", "a stream of 192 instead of 128", d_model=192),
+        _with("dropout", "dropout of 10 %", dropout=0.1),
+        _with(
+            "stories",
+            "a quarter of the text anecdotes, with up to four sentences before the fact",
+            diet=replace(DIET, anecdotes=0.25, between=(1, 4)),
+        ),
+        _with(
+            "batch-16",
+            "16 rows a step and half of the steps",
+            rows=16,
+            captions_first=250,
+            cycles=(replace(BASELINE.cycles[0], steps=SHORT // 2),),
+        ),
+        _with("adamw", "AdamW for all weights instead of Muon", optimizer="adamw"),
+        _with("tables", "the first 2 741 facts alone", tables="."),
+    ]
+    return {variant.name: variant for variant in made}
+
+
+def _with(name: str, about: str, *, captions: float | None = None, **changed: Any) -> Variant:
+    """The baseline with something changed."""
+    recipe = replace(BASELINE, **changed)
+    if captions is not None:
+        cycles = tuple(replace(cycle, captions=captions) for cycle in recipe.cycles)
+        recipe = replace(recipe, cycles=cycles)
+    return Variant(name, about, recipe)
