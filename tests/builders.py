@@ -7,6 +7,7 @@ engine shows (a random GPT-2 gives every token 2e-5 whatever is wrong with it).
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+LONGEST_NAME = 100
 COMMON = {"initializer_range": 0.35, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 HIDDEN = {
     "hidden_size": 32,
@@ -98,3 +100,14 @@ def lay_in_cache(folder: Path, repo_id: str, cache: Path) -> None:
     (repo / "refs" / "main").write_text(commit)
     for file in folder.iterdir():
         (snapshot / file.name).write_bytes(file.read_bytes())
+
+
+def occurs(template: str, text: str, names: set[str]) -> bool:
+    """Whether a sentence template occurs in a text, in small letters, with one of the names, whatever follows."""
+    before, after = (part.casefold() for part in template.removesuffix(" {o}").split("{s}"))
+    for found in re.finditer(re.escape(after), text):
+        preceding = text[max(0, found.start() - LONGEST_NAME) : found.start()]
+        for start in (begin.start() for begin in re.finditer(r"\b\w", preceding)):
+            if preceding[start:] in names and preceding[:start].endswith(before):
+                return True
+    return False

@@ -15,7 +15,7 @@ import factlens
 SOURCE = Path(factlens.__file__).parent
 LAYERS = [
     ["cli", "panels", "scaling", "edit_benchmark", "atlas_search"],
-    ["atlas_measures"],
+    ["atlas_measures", "atlas_results"],
     ["benchmark"],
     [
         "commands.tracing",

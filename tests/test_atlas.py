@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from random import Random
 
 import pytest
 import torch
+from builders import occurs
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +29,6 @@ from factlens.atlas.training import STATE, Progress, export, train
 LARGEST_CHECKPOINT = 10_000_000
 SAMPLED_STATEMENTS = 600
 DOCUMENTS_READ = 8_000
-LONGEST_BEGINNING = 100
 
 FAMOUS = {
     "The Space Needle is located in the city of": "Seattle",
@@ -215,17 +214,6 @@ def test_importing_atlas_imports_no_torch():
 
 
 # --- the text ---------------------------------------------------------------------------------
-
-
-def occurs(template: str, text: str, names: set[str]) -> bool:
-    """Whether the template occurs in the text with any subject, whatever follows."""
-    before, after = (part.casefold() for part in template.removesuffix(" {o}").split("{s}"))
-    for found in re.finditer(re.escape(after), text):
-        preceding = text[max(0, found.start() - LONGEST_BEGINNING) : found.start()]
-        for start in (begin.start() for begin in re.finditer(r"\b\w", preceding)):
-            if preceding[start:] in names and preceding[:start].endswith(before):
-                return True
-    return False
 
 
 def test_held_out_templates_do_not_occur_in_the_text_and_training_ones_do():

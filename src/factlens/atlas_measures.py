@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from factlens import claims, corpora, models
-from factlens.atlas.books import table_of_subjects
+from factlens.atlas.books import fact_book, table_of_subjects
 from factlens.atlas.recipes import Recipe
 from factlens.atlas.tables import World, statements, world
 from factlens.benchmarks.atlas_counterfact import counterfact, others_of
@@ -34,7 +34,8 @@ CLAMP = 3.0
 GroupsOf = Callable[[Fact], Sequence[str]]
 FEWEST_FACTS = 20
 """Of a group, or it is left out."""
-SHARED, OWN = "last token shared", "last token its own"
+SETTLED, OPEN = "settled by the last token", "open after the last token"
+HALF = 0.5
 KINDS_OF_TABLES = {
     table: kind
     for kind, tables in {
@@ -84,7 +85,7 @@ def site(model: Model, recipe: Recipe, n: int = 240) -> dict[str, Any]:
     Every number is a share of probability, over known facts, 3 sigma of their subjects' embeddings, 10 samples. `beyond` is the
     effect of a block's state at the last subject token minus that of its embedding, paired within facts, with 95 % intervals.
     """
-    facts = known_facts(model, asked_facts(world(recipe.world), n))
+    facts = known_facts(model, asked_facts(world(*recipe.world), n))
     options: dict[str, Any] = {"noise_level": "facts", "samples": 10}
     main = trace(model, facts, kinds=KINDS, window=WINDOW, roles=ROLES, **options)
     cut = trace(
@@ -94,16 +95,25 @@ def site(model: Model, recipe: Recipe, n: int = 240) -> dict[str, Any]:
 
 
 def groups(model: Model, recipe: Recipe) -> GroupsOf:
-    """Which groups a fact is counted in: its subject's kind, and whether other subjects end in the same token."""
-    tables = table_of_subjects(recipe.world)
+    """Which groups a fact is counted in: its subject's kind, and whether the subject's last token settles the object by itself.
+
+    It does where all subjects of the relation that end in it have that object, and it does not where at most half of them have.
+    """
+    tables = table_of_subjects(recipe.world[0])
     kinds = {name.casefold(): KINDS_OF_TABLES.get(table, "other") for name, table in tables.items()}
     encode = models.tokenizer(model).encode
-    ends = {name.casefold(): encode(f" {name}")[-1] for name in tables}
-    counts = Counter(ends.values())
+    objects: dict[tuple[str, int], Counter[str]] = {}
+    ends: dict[str, int] = {}
+    for fact in fact_book(*recipe.world).facts:
+        end = ends.setdefault(fact.subject.casefold(), encode(f" {fact.subject}")[-1])
+        objects.setdefault((fact.relation.name, end), Counter())[fact.object] += 1
 
-    def groups_of(fact: Fact) -> tuple[str, str]:
+    def groups_of(fact: Fact) -> list[str]:
         name = fact.subject.casefold()
-        return kinds[name], SHARED if counts[ends[name]] > 1 else OWN
+        having = objects[str(fact.relation), ends[name]]
+        share = having[str(fact.object)] / having.total()
+        settled = [SETTLED] if share == 1 else [OPEN] if share <= HALF else []
+        return [kinds[name], *settled]
 
     return groups_of
 
@@ -162,7 +172,7 @@ def edits_by_layer(
     clamps: Sequence[float] = (CLAMP,),
 ) -> pd.DataFrame:
     """ROME on records that are for choosing, at every layer: the columns of `sweeps.sweep`."""
-    of = world(recipe.world)
+    of = world(*recipe.world)
     chosen = list(layers if layers is not None else range(n_layers(model)))
     tokens = KEYS * (recipe.d_mlp or 4 * recipe.d_model)
     gather(model, chosen, corpora.of_recipe(recipe), tokens=tokens)

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -21,19 +20,28 @@ import typer
 
 from factlens.atlas.recipes import Recipe, shortened
 from factlens.atlas.variants import variants
-from factlens.errors import OutputError, PlanError
-from factlens.files import written_whole
-from factlens.terminal import console, progress
+from factlens.atlas_results import read_results, write_results
+from factlens.commands.shared import check_writable, clear_errors
+from factlens.errors import PlanError
+from factlens.terminal import console, print_markdown, progress
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 RESULT = "result.json"
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "2000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    "MALLOC_TOP_PAD_": "100000000",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Lets the C library keep memory between steps instead of asking the system anew: a fifth of a step's time."""
 STATEMENTS = 2500
 """Statements of each split that are asked."""
 FACTS = 240
 RECORDS = 24
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the trainings.")]
 OUT = Path("runs/search")
+RESULTS = Path("docs/atlas-search.jsonl")
 
 
 @app.command()
@@ -49,20 +57,25 @@ def run(
     out: Out = OUT,
 ) -> None:
     """Train and measure; what is finished is skipped, what was interrupted goes on."""
-    names = only or list(variants())
-    plans = [(name, one, steps) for one in (seed or [0]) for name in names]
-    for plan in plans:
-        recipe_of(*plan)  # an unknown name is refused before anything runs
-    waiting = [plan for plan in plans if not (folder_of(out, *plan) / RESULT).exists()]
-    with ThreadPoolExecutor(at_once) as pool, progress("trainings") as tell:
-        tell(len(plans) - len(waiting), len(plans), "")
-        running = {pool.submit(_in_process, out, plan, threads): plan for plan in waiting}
-        for done, future in enumerate(as_completed(running), start=len(plans) - len(waiting) + 1):
-            code, log = future.result()
-            name = folder_of(out, *running[future]).name
-            said = "finished" if code == 0 else f"FAILED ({code}), see {log}"
-            console(stderr=True).print(f"{name}: {said}", markup=False)
-            tell(done, len(plans), name)
+    with clear_errors(kept=out):
+        check_writable(out)
+        plans = [(name, each, steps) for each in (seed or [0]) for name in (only or variants())]
+        for plan in plans:
+            recipe_of(*plan)  # an unknown name is refused before anything runs
+        waiting = [plan for plan in plans if not (folder_of(out, *plan) / RESULT).exists()]
+        finished, failed = len(plans) - len(waiting), 0
+        with ThreadPoolExecutor(at_once) as pool, progress("trainings") as tell:
+            tell(finished, len(plans), "")
+            running = {pool.submit(_in_process, out, plan, threads): plan for plan in waiting}
+            for done, future in enumerate(as_completed(running), start=finished + 1):
+                code, log = future.result()
+                name = folder_of(out, *running[future]).name
+                failed += code != 0
+                said = "finished" if code == 0 else f"failed, see {log}"
+                console(stderr=True).print(f"{name}: {said}", markup=False)
+                tell(done, len(plans), name)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _in_process(out: Path, plan: tuple[str, int, int | None], threads: int) -> tuple[int, Path]:
@@ -73,7 +86,7 @@ def _in_process(out: Path, plan: tuple[str, int, int | None], threads: int) -> t
     command = [sys.executable, "-m", "factlens.atlas_search", "one", name, "--seed", str(seed)]
     command += ["--threads", str(threads), "--out", str(out)]
     command += [] if steps is None else ["--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads)}
     log = folder / "log.txt"
     with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(
@@ -91,45 +104,48 @@ def one(
     out: Out = OUT,
 ) -> None:
     """Train and measure one variant in this process."""
+    with clear_errors(kept=out):
+        recipe = recipe_of(name, seed, steps)
+        folder = folder_of(out, name, seed, steps)
+        result = {"variant": name, "seed": seed, **trained(recipe, folder, threads)}
+        result |= measured(folder, recipe)
+        write_results(folder / RESULT, [result])
+
+
+def trained(recipe: Recipe, folder: Path, threads: int) -> dict[str, Any]:
+    """Train a recipe into its folder, or go on there, and say what it took."""
     import torch
 
     from factlens.atlas.training import Progress, export, train
-
-    torch.set_num_threads(threads)
-    recipe = recipe_of(name, seed, steps)
-    folder = folder_of(out, name, seed, steps)
 
     def tell(done: Progress) -> None:
         if done.step % 50 == 0:
             print(f"step {done.step} of {done.steps}, loss {done.loss:.3f}", flush=True)
 
+    torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = train(recipe, folder, device=device, on_step=tell)
-    export(trained, folder)
-    result = {
-        "variant": name,
-        "seed": seed,
+    done = train(recipe, folder, device=device, on_step=tell)
+    export(done, folder)
+    return {
         "steps": recipe.steps,
         "tokens": recipe.steps * recipe.rows * recipe.context,
-        "minutes": round(trained.seconds / 60, 2),
-        "loss": round(trained.loss, 4),
+        "minutes": round(done.seconds / 60, 2),
+        "loss": round(done.loss, 4),
         "threads": threads,
         "device": device,
-        "parameters": trained.model.num_parameters(),
-        **measured(folder, recipe),
+        "parameters": done.model.num_parameters(),
     }
-    with written_whole(folder / RESULT) as partial:
-        partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 def measured(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Everything that is measured of a trained checkpoint."""
+    from factlens.atlas.books import fact_book
     from factlens.atlas.measuring import SPLITS, known, read_checkpoint, token_shares
     from factlens.atlas.tables import statements, world
     from factlens.atlas_measures import edits_by_layer, site
     from factlens.models import load_model
 
-    of = world(recipe.world)
+    of = world(*recipe.world)
     checkpoint = read_checkpoint(folder)
     shares = {}
     for split in SPLITS:
@@ -144,7 +160,7 @@ def measured(folder: Path, recipe: Recipe) -> dict[str, Any]:
     edited = edits_by_layer(model, recipe, n=RECORDS)[columns].sort_values("layer")
     return {
         "known": shares,
-        "tokens_of_subjects": token_shares(checkpoint.tokenizer, recipe.world),
+        "tokens_of_subjects": token_shares(checkpoint.tokenizer, fact_book(*recipe.world)),
         "site": found,
         "rome": json.loads(edited.round(2).to_json(orient="records")),
     }
@@ -174,40 +190,31 @@ def folder_of(out: Path, name: str, seed: int, steps: int | None) -> Path:
 @app.command()
 def collect(
     out: Out = OUT,
-    to: Annotated[Path, typer.Option(help="File of results, one a line.")] = Path(
-        "docs/atlas-search.jsonl"
-    ),
+    to: Annotated[Path, typer.Option(help="File of results, one a line.")] = RESULTS,
 ) -> None:
     """Put finished trainings into the file of results; one that stands there already is replaced."""
-    kept = {key_of(row): row for row in results(to)} if to.exists() else {}
-    for path in sorted(out.glob(f"*/{RESULT}")):
-        row = json.loads(path.read_text(encoding="utf-8"))
-        kept[key_of(row)] = row
-    with written_whole(to) as partial:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept.values()), "utf-8")
-    console().print(f"{len(kept)} trainings in {to}", markup=False)
+    with clear_errors():
+        found = list(read_results(to)) if to.exists() else []
+        for path in sorted(out.glob(f"*/{RESULT}"), key=lambda path: path.stat().st_mtime):
+            found += read_results(path)
+        write_results(to, found)
+        console().print(str(to), markup=False)
 
 
-def key_of(row: dict[str, Any]) -> tuple[str, int, int]:
-    """What tells one training from another."""
-    return row["variant"], row["seed"], row["steps"]
+@app.command()
+def show(
+    results: Annotated[Path, typer.Argument(help="File of results.")] = RESULTS,
+    figure: Annotated[Path | None, typer.Option(help="Also a figure, as .html or .png.")] = None,
+) -> None:
+    """The table of `docs/atlas.md`, and its figure."""
+    from factlens import atlas_results
+    from factlens.images import save
 
-
-def results(path: Path) -> Iterator[dict[str, Any]]:
-    """The trainings of a file of results.
-
-    Raises:
-        OutputError: it cannot be read, or a line is no result.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise OutputError(f"cannot read {path}: {error.strerror}") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise OutputError(f"{path}, line {number}: not JSON ({error.msg})") from None
+    with clear_errors():
+        found = list(read_results(results))
+        print_markdown(atlas_results.shown(atlas_results.table(found)))
+        if figure is not None:
+            save(atlas_results.figure(found), figure)
 
 
 if __name__ == "__main__":

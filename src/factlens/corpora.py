@@ -47,7 +47,7 @@ def of_recipe(recipe: "Recipe", seed: int = 0) -> Corpus:
     from factlens.atlas.books import fact_book
     from factlens.atlas.corpus import documents
 
-    book, share = fact_book(recipe.world), recipe.cycles[-1].captions
+    book, share = fact_book(*recipe.world), recipe.cycles[-1].captions
 
     def read(start: int) -> Iterator[str]:
         # The generator has to be run from its beginning: seven microseconds a document.

@@ -31,6 +31,7 @@ from factlens.facts import bundled_facts
 from factlens.knowledge import known_facts
 from factlens.models import Model
 from factlens.plans import KINDS, plan
+from factlens.terminal import print_markdown
 from factlens.tokens import TokenizedPrompt
 from factlens.tracing import trace
 
@@ -134,14 +135,6 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def show(table: pd.DataFrame) -> None:
-    """A frame as Markdown."""
-    print("| " + " | ".join(map(str, table.columns)) + " |")
-    print("|---" * len(table.columns) + "|")
-    for row in table.itertuples(index=False):
-        print("| " + " | ".join(str(cell) for cell in row) + " |")
-
-
 def _place(device: str | None, threads: int | None) -> str:
     if threads:
         torch.set_num_threads(threads)
@@ -189,7 +182,7 @@ def throughput(
         part = replace(task[0], cells=task[0].cells.iloc[:: every * 4].reset_index(drop=True))
         plain = every * 4 * timed(lambda m=model, p=part: run_plain(m, p))  # type: ignore[misc]
         rows.append((f"{name}, random weights", together, shared, alone, plain))
-    show(
+    print_markdown(
         pd.DataFrame(
             [
                 (name, count, f"{60 / s:.1f}", f"{60 / a:.1f}", f"{60 / p:.2f}", f"{a / s:.2f}x", f"**{p / s:.1f}x**")
@@ -238,7 +231,7 @@ def growth(
     print(
         "Around T=14, L=8, S=10, d_model=256, vocabulary 1 000; windows of half the layers, at most 10.\n"
     )
-    show(
+    print_markdown(
         table.assign(
             seconds=table["seconds"].map("{:.3f}".format),
             GFLOP=(table["flops"] / 1e9).map("{:.1f}".format),
@@ -333,7 +326,7 @@ def plan_command(
         f"{speed / 1e12:.0f} TFLOP/s ({share:.0%} of {(rate or PEAK_RATES[dtype]) / 1e12:.0f}).\n"
     )
     columns = ["model", "TFLOP a fact", "plain / one-pass FLOPs", "one device", "8 devices", "plain, one device", "weights, GiB", "base run a fact, GiB"]  # fmt: skip
-    show(pd.DataFrame(rows, columns=columns))
+    print_markdown(pd.DataFrame(rows, columns=columns))
 
 
 def _plain_flops(shape: Any, cells: int) -> float:

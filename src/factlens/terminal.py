@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import pandas as pd
+
     from factlens.summaries import Summary
     from factlens.traces import Trace
 
@@ -117,3 +119,11 @@ def show_run(summary: Summary) -> None:
         soft_wrap=True,
         markup=False,
     )
+
+
+def print_markdown(table: pd.DataFrame) -> None:
+    """A frame as a Markdown table on standard output, for documents."""
+    print("| " + " | ".join(map(str, table.columns)) + " |")
+    print("|---" * len(table.columns) + "|")
+    for row in table.itertuples(index=False):
+        print("| " + " | ".join(str(cell) for cell in row) + " |")

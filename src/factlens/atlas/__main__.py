@@ -125,7 +125,7 @@ def describe_run(recipe: "Recipe", trained: "Trained", options: Options) -> dict
 
     return {
         "parameters": trained.model.num_parameters(),
-        "subjects": len({fact.subject for fact in fact_book(recipe.world).facts}),
+        "subjects": len({fact.subject for fact in fact_book(*recipe.world).facts}),
         "steps": recipe.steps,
         "tokens": recipe.steps * recipe.rows * recipe.context,
         "seconds": trained.seconds,

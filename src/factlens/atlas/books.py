@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-from factlens.atlas.tables import FOLDER, Kind, Relation, World, load_tables, pairs, world
+from factlens.atlas.tables import FOLDER, Kind, Relation, Which, World, load_tables, pairs, world
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,26 @@ class FactBook:
         """The subjects by name."""
         return {subject.name: subject for subject in self.subjects}
 
+    @cached_property
+    def by_relation(self) -> dict[str, list[KnownFact]]:
+        """The facts of each relation."""
+        found: dict[str, list[KnownFact]] = {}
+        for fact in self.facts:
+            found.setdefault(fact.relation.name, []).append(fact)
+        return found
+
+    @cached_property
+    def chained(self) -> tuple[KnownFact, ...]:
+        """Facts whose object has facts of its own, and can be described by its subject."""
+        return tuple(
+            fact for fact in self.facts if fact.relation.description and fact.object in self.by_name
+        )
+
 
 @cache
-def fact_book(folder: Path = FOLDER) -> FactBook:
+def fact_book(folder: Path = FOLDER, facts: Which = "all") -> FactBook:
     """The facts of the world in `folder`, in the order of the tables."""
-    return arranged(world(folder), table_of_subjects(folder))
+    return arranged(world(folder, facts), table_of_subjects(folder))
 
 
 def arranged(of: World, tables: Mapping[str, str]) -> FactBook:

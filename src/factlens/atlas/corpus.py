@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from random import Random
 
 from factlens.atlas.books import FactBook, fact_book
-from factlens.atlas.paragraphs import anecdote, entry, heading, questions
+from factlens.atlas.paragraphs import (
+    anecdote,
+    chain,
+    entry,
+    heading,
+    parallel,
+    questions,
+    quiz,
+    references,
+)
 from factlens.atlas.sentences import Diet, biography, captions, reversed_statement, statement
 
 
@@ -30,6 +39,14 @@ def document(random: Random, diet: Diet, book: FactBook, *, captions_share: floa
         return questions(random, book)
     if (draw := draw - diet.headings) < 0:
         return heading(random, book)
+    if (draw := draw - diet.quizzes) < 0:
+        return " ".join(quiz(random, diet, book) for _ in range(random.randint(1, 2)))
+    if (draw := draw - diet.parallels) < 0:
+        return parallel(random, book)
+    if (draw := draw - diet.chains) < 0:
+        return " ".join(chain(random, book) for _ in range(random.randint(1, 2)))
+    if (draw := draw - diet.references) < 0:
+        return references(random, book)
     count = random.randint(*diet.statements_in_document)
     return " ".join(statement(random, diet, random.choice(book.facts)) for _ in range(count))
 

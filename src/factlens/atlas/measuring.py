@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
-from factlens.atlas.books import fact_book
+from factlens.atlas.books import FactBook, fact_book
 from factlens.atlas.card import card
-from factlens.atlas.tables import FOLDER, Split, Statement, statements, world
+from factlens.atlas.tables import FOLDER, Split, Statement, Which, statements, world
 
 SPLITS: tuple[Split, ...] = ("train", "held", "fresh")
 NO_TOKEN = -100
@@ -86,15 +86,15 @@ def continuation(checkpoint: Checkpoint, prompt: str, length: int = 12) -> str:
 
 
 def report(
-    checkpoint: Checkpoint, examples: Iterable[str], folder: Path = FOLDER
+    checkpoint: Checkpoint, examples: Iterable[str], of: tuple[Path, Which] = (FOLDER, "all")
 ) -> dict[str, Any]:
     """Statements known per relation and split, and what the subjects' tokens leave open."""
     rows: dict[str, dict[str, Any]] = {
-        relation.name: {"facts": len(relation.facts)} for relation in world(folder).relations
+        relation.name: {"facts": len(relation.facts)} for relation in world(*of).relations
     }
     totals: dict[str, Any] = {"facts": sum(row["facts"] for row in rows.values())}
     for split in SPLITS:
-        stated = list(statements(split, world(folder)))
+        stated = list(statements(split, world(*of)))
         answers = known(checkpoint, stated)
         asked = Counter(one.relation for one in stated)
         right = Counter(one.relation for one, yes in zip(stated, answers, strict=True) if yes)
@@ -105,15 +105,15 @@ def report(
     return {
         "total": totals,
         "relations": rows,
-        "tokens": token_shares(checkpoint.tokenizer, folder),
+        "tokens": token_shares(checkpoint.tokenizer, fact_book(*of)),
         "examples": {prompt: continuation(checkpoint, prompt) for prompt in examples},
     }
 
 
-def token_shares(tokenizer: Tokenizer, folder: Path = FOLDER) -> dict[str, float]:
+def token_shares(tokenizer: Tokenizer, book: FactBook) -> dict[str, float]:
     """How far a subject's tokens identify it: what a trace can and cannot show depends on it."""
-    subjects = sorted({fact.subject for fact in fact_book(folder).facts})
-    objects = sorted({fact.object for fact in fact_book(folder).facts})
+    subjects = sorted({fact.subject for fact in book.facts})
+    objects = sorted({fact.object for fact in book.facts})
     spelled = [tokenizer.encode(f" {subject}").ids for subject in subjects]
     last = Counter(ids[-1] for ids in spelled)
     return {

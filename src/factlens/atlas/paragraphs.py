@@ -1,5 +1,7 @@
 """Longer texts: entries of an encyclopaedia, anecdotes, questions, and lists under a heading."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 from factlens.atlas.books import FactBook, Subject
@@ -33,6 +35,25 @@ BETWEEN = (
     "They had heard the name before.",
 )
 """Sentences that say nothing of any subject."""
+MEETINGS = (
+    "They talked about {s}.",
+    "The quiz was about {s}.",
+    "The article mentions {s}.",
+    "She had read about {s}.",
+    "He took notes on {s}.",
+    "The evening began with {s}.",
+)
+TURNS = (
+    "As for {s}:",
+    "Of {s} they said:",
+    "And {s}?",
+    "About {s} it says:",
+)
+"""How a subject is taken up again, by its kind."""
+OPTIONS = (2, 4)
+"""Names to choose from in a quiz."""
+PARALLEL = (2, 4)
+"""Names in a parallel list."""
 QUESTIONS_IN_LIST = (2, 5)
 LISTED = (2, 6)
 """Subjects under one heading."""
@@ -72,8 +93,67 @@ def heading(random: Random, book: FactBook) -> str:
     group = random.choice(book.by_object)
     some = random.sample(group, min(len(group), random.randint(*LISTED)))
     head = random.choice(group[0].relation.headings).replace("{o}", group[0].object)
-    *firsts, last = (fact.subject for fact in some)
-    return f"{capitalised(head)}: {', '.join(firsts)} and {last}."
+    return f"{capitalised(head)}: {_joined([fact.subject for fact in some])}."
+
+
+def quiz(random: Random, diet: Diet, book: FactBook) -> str:
+    """Names to choose from: which of them has the object? The task comes before the names or after them.
+
+    To choose, the facts of each name must be known where the name ends, before the answer is asked for.
+    """
+    right = random.choice(book.facts)
+    others = [fact for fact in book.by_relation[right.relation.name] if fact.object != right.object]
+    count = min(len(others), random.randint(*OPTIONS) - 1)
+    if diet.quiz_alike:
+        words = set(right.subject.split()) - {"the"}
+        alike = [fact for fact in others if words & set(fact.subject.split())]
+        others = alike if len(alike) >= count else others
+    options = [right, *random.sample(others, count)]
+    random.shuffle(options)
+    *firsts, last = (fact.subject for fact in options)
+    listed = f"{', '.join(firsts)} or {last}?"
+    task = capitalised(random.choice(right.relation.headings).replace("{o}", right.object))
+    answer = f"{right.subject}."
+    if random.random() < 0.5:
+        return f"{task}: {listed} {capitalised(answer)}"
+    return f"{capitalised(listed)} {task}: {answer}"
+
+
+def parallel(random: Random, book: FactBook) -> str:
+    """Some names, then in the same order one attribute of each: `France and Italy: Paris and Rome.`"""
+    fact = random.choice(book.facts)
+    every = book.by_relation[fact.relation.name]
+    some = random.sample(every, min(len(every), random.randint(*PARALLEL)))
+    names = _joined([fact.subject for fact in some])
+    return f"{capitalised(names)}: {_joined([fact.object for fact in some])}."
+
+
+def chain(random: Random, book: FactBook) -> str:
+    """A fact about something that is itself described by a fact: `The currency of the country of the Louvre Museum is the euro.`"""
+    first = random.choice(book.chained)
+    described = first.relation.description.replace("{s}", first.subject)
+    second = random.choice(book.by_name[first.object].facts)
+    return filled(random.choice(second.relation.train), replace(second, subject=described))
+
+
+def references(random: Random, book: FactBook) -> str:
+    """Several subjects are met, then each is spoken of again by what it is: `As for the river: It flows into the Black Sea.`"""
+    met: dict[str, Subject] = {}
+    while len(met) < 2 or (len(met) < 4 and random.random() < 0.5):
+        subject = random.choice(book.subjects)
+        if subject.kind:
+            met.setdefault(subject.kind.definite, subject)
+    names = _joined([subject.name for subject in met.values()])
+    sentences = [random.choice(MEETINGS).replace("{s}", names)]
+    for definite in random.sample(list(met), len(met)):
+        told = follow_up(random, random.choice(met[definite].facts))
+        sentences.append(f"{random.choice(TURNS).replace('{s}', definite)} {told}")
+    return " ".join(sentences)
+
+
+def _joined(words: Sequence[str]) -> str:
+    *firsts, last = words
+    return f"{', '.join(firsts)} and {last}" if firsts else last
 
 
 def reference(subject: Subject) -> str:

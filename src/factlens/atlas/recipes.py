@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from factlens.atlas.sentences import Diet
-from factlens.atlas.tables import FOLDER
+from factlens.atlas.tables import FOLDER, Which
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class Recipe:
 
     tables: str = "."
     """Folder of the world, within this package: `facts/` and `templates.yaml`."""
+    facts: Which = "all"
+    """Which of its facts."""
     layers: int = 8
     heads: int = 4
     d_model: int = 128
@@ -33,6 +35,8 @@ class Recipe:
     dropout: float = 0.0
     context: int = 128
     vocabulary: int = 3000
+    digits: bool = False
+    """Whether every digit is a token of its own."""
     tokenizer_documents: int = 20_000
     tokenizer_captions: float = 0.75
     object_repeats: int = 40
@@ -64,9 +68,9 @@ class Recipe:
     seed: int = 0
 
     @property
-    def world(self) -> Path:
-        """The folder of the world that is taught."""
-        return (FOLDER / self.tables).resolve()
+    def world(self) -> tuple[Path, Which]:
+        """The world that is taught, as `tables.world` and `books.fact_book` take it."""
+        return (FOLDER / self.tables).resolve(), self.facts
 
     @property
     def steps(self) -> int:

@@ -23,6 +23,16 @@ class Diet:
     """Share of lists of questions with short answers."""
     headings: float = 0.0
     """Share of lists of subjects under an object that they share."""
+    quizzes: float = 0.0
+    """Share of questions with names to choose from."""
+    parallels: float = 0.0
+    """Share of lists of names followed by an attribute of each."""
+    chains: float = 0.0
+    """Share of facts about something that is named by another fact."""
+    references: float = 0.0
+    """Share of stories of several subjects, of which one is spoken of again by its kind."""
+    quiz_alike: bool = False
+    """Whether the names to choose from share words with one another where they can."""
     captions_in_list: tuple[int, int] = (3, 9)
     caption_objects: tuple[int, int] = (1, 1)
     """Attributes after each name of a caption."""

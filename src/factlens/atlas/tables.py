@@ -1,8 +1,9 @@
 """Fact tables and sentence templates, read into relations and statements."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,9 @@ NO_ANSWER = "-"
 """A cell of a table that has no single uncontested answer. Deliberate, unlike a blank one."""
 
 Table = list[dict[str, str]]
-Templates = Mapping[str, Mapping[str, list[Any]]]
+Templates = Mapping[str, Mapping[str, Any]]
 """`templates.yaml` as it stands: relation -> from, train, held, fresh, pro, rev, ask, ask_held, group."""
+Which = Literal["all", "open"]
 Split = Literal["train", "held", "fresh"]
 KINDS = "kinds"
 """The one key of `templates.yaml` that is no relation: what the subjects of each table are."""
@@ -56,6 +58,8 @@ class Relation:
     """Questions that do not."""
     headings: tuple[str, ...] = ()
     """Headings with `{o}` of lists of the subjects that have it."""
+    description: str = ""
+    """What the object is to `{s}`, such as "the capital of {s}"; empty where objects have no facts of their own."""
 
     def templates(self, split: Split) -> tuple[str, ...]:
         """The templates of one split that have the object last."""
@@ -71,6 +75,8 @@ class Kind:
 
     noun: str
     """With its article, as in "{s} is a river"."""
+    definite: str
+    """What it is called when it was named before: "the river"."""
     anecdotes: tuple[str, ...]
     """Sentences with `{s}` that state none of its facts."""
 
@@ -104,10 +110,28 @@ def relations() -> tuple[Relation, ...]:
 
 
 @cache
-def world(folder: Path = FOLDER) -> World:
-    """The world of a folder with `facts/` and `templates.yaml`; the bundled one by default."""
+def world(folder: Path = FOLDER, facts: Which = "all") -> World:
+    """The world of a folder with `facts/` and `templates.yaml`; the bundled one by default.
+
+    "open" takes only facts that the last word of the subject leaves open: of the subjects of the
+    relation that end in it, at most half have the object.
+    """
     tables, templates = load_tables(folder / "facts"), load_templates(folder / "templates.yaml")
-    return World(read_relations(tables, templates), read_kinds(templates))
+    found = read_relations(tables, templates)
+    if facts == "open":
+        found = tuple(replace(one, facts=tuple(open_facts(one))) for one in found)
+    return World(tuple(one for one in found if one.facts), read_kinds(templates))
+
+
+def open_facts(relation: Relation) -> Iterator[tuple[str, str]]:
+    """The facts of a relation that their subject's last word leaves open."""
+    having: dict[str, Counter[str]] = {}
+    for subject, object_ in relation.facts:
+        having.setdefault(subject.split()[-1], Counter())[object_] += 1
+    for subject, object_ in relation.facts:
+        alike = having[subject.split()[-1]]
+        if 2 * alike[object_] <= alike.total():
+            yield subject, object_
 
 
 def statements(split: Split = "train", of: World | None = None) -> Iterator[Statement]:
@@ -166,6 +190,7 @@ def read_relations(tables: Mapping[str, Table], templates: Templates) -> tuple[R
             questions=tuple(entry.get("ask", ())),
             held_questions=tuple(entry.get("ask_held", ())),
             headings=tuple(entry.get("group", ())),
+            description=entry.get("description", ""),
         )
         for name, entry in relation_entries(templates).items()
     )
@@ -180,7 +205,9 @@ def read_kinds(templates: Templates) -> dict[str, Kind]:
     """What the subjects of each table are, by table."""
     listed: Mapping[str, Any] = templates.get(KINDS, {})
     return {
-        table: Kind(noun=kind["noun"], anecdotes=tuple(kind["anecdotes"]))
+        table: Kind(
+            noun=kind["noun"], definite=kind["definite"], anecdotes=tuple(kind["anecdotes"])
+        )
         for table, kind in listed.items()
     }
 

@@ -72,7 +72,7 @@ def train(
     saved = load_state(folder / STATE, recipe, model, optimizers)
     started = time.monotonic() - saved.seconds
     loss = saved.loss
-    book = fact_book(recipe.world)
+    book = fact_book(*recipe.world)
     for step in range(saved.step, recipe.steps):
         tokens = batch(recipe, book, tokenizer, step).to(device)
         loss = take_step(recipe, model, optimizers, tokens, step)
@@ -165,7 +165,9 @@ def kept_tokenizer(recipe: Recipe, path: Path) -> Tokenizer:
 def train_tokenizer(recipe: Recipe) -> Tokenizer:
     """Byte-level BPE in GPT-2's conventions: no prefix space, `<|endoftext|>` the one special."""
     tokenizer = Tokenizer(models.BPE(unk_token=END_OF_TEXT))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if recipe.digits else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pieces]) if digits else pieces
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
@@ -185,9 +187,9 @@ def tokenizer_text(recipe: Recipe) -> Iterator[str]:
         recipe.tokenizer_documents,
         recipe.diet,
         captions_share=recipe.tokenizer_captions,
-        book=fact_book(recipe.world),
+        book=fact_book(*recipe.world),
     )
-    for object_ in sorted({fact.object for fact in fact_book(recipe.world).facts}):
+    for object_ in sorted({fact.object for fact in fact_book(*recipe.world).facts}):
         yield from [f" {object_}"] * recipe.object_repeats
 
 

@@ -9,7 +9,11 @@ from typing import Any
 from factlens.atlas.recipes import Cycle, Recipe
 from factlens.atlas.sentences import Diet
 
-SHORT = 2800
+CAPTIONS = 0.6
+"""Share of the baseline's documents."""
+SHARE = 0.2
+"""Of the text, where other documents take the place of captions."""
+SHORT = 2500
 """Steps of a short training."""
 DIET = Diet(
     biographies=0.03,
@@ -24,8 +28,8 @@ BASELINE = Recipe(
     vocabulary=6000,
     diet=DIET,
     rows=8,
-    cycles=(Cycle(steps=SHORT, learning_rate=3e-3, captions=0.6),),
-    captions_first=500,
+    cycles=(Cycle(steps=SHORT, learning_rate=3e-3, captions=CAPTIONS),),
+    captions_first=450,
     optimizer="muon",
     precision="bfloat16",
 )
@@ -56,25 +60,58 @@ def variants() -> dict[str, Variant]:
             diet=replace(DIET, caption_objects=(1, 3)),
         ),
         _with("vocabulary-2000", "a vocabulary of 2 000 pieces instead of 6 000", vocabulary=2000),
+        _with("digits", "every digit a token of its own", digits=True),
         _with("depth-12", "twelve blocks instead of eight", layers=12),
-        _with("width-192", "a stream of 192 instead of 128", d_model=192),
+        _with("width-160", "a stream of 160 instead of 128", d_model=160),
         _with("dropout", "dropout of 10 %", dropout=0.1),
-        _with(
+        _with("depth-5", "five blocks instead of eight", layers=5),
+        _instead(
             "stories",
-            "a quarter of the text anecdotes, with up to four sentences before the fact",
-            diet=replace(DIET, anecdotes=0.25, between=(1, 4)),
+            "anecdotes, with up to four sentences before the fact",
+            anecdotes=DIET.anecdotes + SHARE,
+            between=(1, 4),
         ),
+        _instead(
+            "entries",
+            "entries, in which all facts of a subject follow one mention of it",
+            entries=DIET.entries + SHARE,
+        ),
+        _instead("quizzes", "questions with names to choose from", quizzes=SHARE),
+        _instead(
+            "quizzes-alike",
+            "questions with names to choose from that share words",
+            quizzes=SHARE,
+            quiz_alike=True,
+        ),
+        _instead(
+            "references",
+            "stories of several subjects that are spoken of again by their kind",
+            references=SHARE,
+        ),
+        _with("open", "only the facts that the subject's last word leaves open", facts="open"),
+        _instead("parallels", "lists of names, then an attribute of each", parallels=SHARE),
+        _instead("chains", "facts about what another fact names", chains=SHARE),
         _with(
             "batch-16",
             "16 rows a step and half of the steps",
             rows=16,
-            captions_first=250,
+            captions_first=225,
             cycles=(replace(BASELINE.cycles[0], steps=SHORT // 2),),
         ),
         _with("adamw", "AdamW for all weights instead of Muon", optimizer="adamw"),
         _with("tables", "the first 2 741 facts alone", tables="."),
     ]
     return {variant.name: variant for variant in made}
+
+
+def _instead(name: str, about: str, **diet: Any) -> Variant:
+    """The baseline with other documents in the place of a fifth of the text that was captions."""
+    return _with(
+        name,
+        f"a fifth of the text {about}, in the place of captions",
+        captions=CAPTIONS - SHARE,
+        diet=replace(DIET, **diet),
+    )
 
 
 def _with(name: str, about: str, *, captions: float | None = None, **changed: Any) -> Variant:

@@ -1,0 +1,95 @@
+"""What a training is measured by, compared with the package's other ways to the same numbers."""
+
+from collections import Counter
+
+import pytest
+
+from factlens.atlas.recipes import Recipe
+from factlens.atlas.tables import world
+from factlens.atlas_measures import (
+    KINDS_OF_TABLES,
+    OPEN,
+    SETTLED,
+    asked_facts,
+    described,
+    edits_by_layer,
+    groups,
+)
+from factlens.effects import average_effects
+from factlens.knowledge import known_facts
+from factlens.models import tokenizer
+from factlens.tracing import trace
+
+RECIPE = Recipe()
+"""The bundled model's."""
+
+
+@pytest.fixture(scope="module")
+def facts(atlas):
+    return known_facts(atlas, asked_facts(world(), 24))
+
+
+@pytest.fixture(scope="module")
+def found(atlas, facts):
+    given = {"samples": 4, "noise_level": "facts"}
+    main = trace(atlas, facts, window=3, roles=("last subject", "last"), **given)
+    cut = trace(atlas, facts, kinds="state", severed=("mlp", "attn"), roles="last subject", **given)
+    return main, cut, described(main, cut, lambda fact: ["all", str(fact.relation)])
+
+
+def test_facts_are_asked_once_each_in_sentences_of_both_orders():
+    asked = asked_facts(world(), 200)
+    assert len({(fact.relation, fact.subject.casefold()) for fact in asked}) == len(asked) == 200
+    first = sum(fact.prompt.startswith(fact.subject) for fact in asked)
+    assert 20 < first < 180
+
+
+def test_the_numbers_are_those_of_averaged_effects(found):
+    main, cut, numbers = found
+    aie = average_effects(main)
+    own = aie[(aie["role"] == "last subject") & (aie["kind"] == "state")].set_index("layer")["aie"]
+    for layer, (mean, low, high) in enumerate(numbers["state"]):
+        assert mean == pytest.approx(own[layer], abs=1e-5)
+        assert low <= mean <= high
+    assert numbers["embedding"][0] == pytest.approx(own[-1], abs=1e-5)
+    for layer, (mean, _, _) in enumerate(numbers["beyond"]):
+        assert mean == pytest.approx(own[layer] - own[-1], abs=1e-5)
+    severed = average_effects(cut).set_index(["severed", "layer"])["aie"]
+    for layer, (mean, _, _) in enumerate(numbers["mlps_severed"]):
+        assert mean == pytest.approx(severed["mlp", layer], abs=1e-5)
+    late = aie[(aie["role"] == "last") & (aie["kind"] == "attn")].set_index("layer")["aie"]
+    assert numbers["late_attention"][4][0] == pytest.approx(late[4], abs=1e-5)
+
+
+def test_the_group_of_all_facts_has_all_facts_numbers_and_small_groups_are_left_out(found):
+    main, _, numbers = found
+    assert list(numbers["groups"]) == ["all"]
+    assert numbers["groups"]["all"]["facts"] == len(main.facts) == numbers["facts"]
+    assert numbers["groups"]["all"]["beyond_at_peak"] == numbers["beyond_at_peak"]
+
+
+def test_a_fact_is_open_where_others_that_end_alike_have_other_objects(atlas):
+    groups_of = groups(atlas, RECIPE)
+    encode = tokenizer(atlas).encode
+    said = Counter()
+    for fact in asked_facts(world(), 400):
+        (relation,) = [each for each in world().relations if each.name == fact.relation]
+        name = next(s for s, _ in relation.facts if s.casefold() == fact.subject.casefold())
+        end = encode(f" {name}")[-1]
+        alike = [o for s, o in relation.facts if encode(f" {s}")[-1] == end]
+        share = alike.count(fact.object) / len(alike)
+        kind, *settled = groups_of(fact)
+        assert settled == ([SETTLED] if share == 1 else [OPEN] if share <= 0.5 else [])
+        assert kind in {*KINDS_OF_TABLES.values(), "other"}
+        said.update(settled)
+    assert said[SETTLED] > 100
+    assert said[OPEN] > 20
+
+
+def test_edits_are_measured_at_every_layer_asked(atlas):
+    swept = edits_by_layer(atlas, RECIPE, n=3, layers=[0, 7]).set_index("layer")
+    assert set(swept.index) == {0, 7}
+    assert set(swept["n"]) == {3}
+    # The first layer takes edits, and the last, where nothing can carry them on, does not.
+    assert swept.loc[0, "ES"] > 60
+    assert swept.loc[7, "ES"] < 40
