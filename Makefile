@@ -25,7 +25,7 @@ override OUT := $(value OUT)
 override FACTS := $(value FACTS)
 export MODEL PROMPT SUBJECT TARGET OUT FACTS
 
-.PHONY: help setup trace average report edit stats evaluate paper test test-hooked-transformer check format bench bench-edits notebooks figures atlas clean
+.PHONY: help setup trace average report edit stats evaluate paper test test-hooked-transformer check format bench bench-edits notebooks figures atlas atlas-search atlas-facts clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 28
@@ -50,6 +50,11 @@ $(VENV)/installed-ray: $(VENV)/installed
 $(VENV)/installed-notebooks: $(VENV)/installed
 	@echo "installing Jupyter into $(VENV) (once)"
 	@$(INSTALL) -e '.[notebooks]'
+	@touch $@
+
+$(VENV)/installed-registries: $(VENV)/installed
+	@echo "installing the registries into $(VENV) (once)"
+	@$(INSTALL) -e '.[registries]'
 	@touch $@
 
 setup: $(VENV)/installed-dev  ## Everything for development, in .venv
@@ -128,6 +133,12 @@ figures: $(VENV)/installed  ## The README's figure (needs chromium)
 
 atlas: $(VENV)/installed  ## Train the bundled model again into runs/atlas (resumes; under an hour)
 	@$(BIN)/python -m factlens.atlas --out runs/atlas $(ARGS)
+
+atlas-search: $(VENV)/installed  ## Train variants of the bundled model and compare them, resumable; ARGS="--only heads-1"
+	@$(BIN)/python -m factlens.atlas_search run $(ARGS)
+
+atlas-facts: $(VENV)/installed-registries  ## Check the fact tables against registry packages
+	@$(BIN)/python scripts/atlas_registries.py
 
 clean:  ## Remove the environments and caches; runs/ stays
 	@rm -rf $(VENV) .venv-3.9 .pytest_cache .mypy_cache .ruff_cache
