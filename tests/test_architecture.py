@@ -15,7 +15,8 @@ import factlens
 SOURCE = Path(factlens.__file__).parent
 LAYERS = [
     ["cli", "panels", "scaling", "edit_benchmark", "atlas_search"],
-    ["atlas_measures", "atlas_results"],
+    ["atlas_measures"],
+    ["atlas_results"],
     ["benchmark"],
     [
         "commands.tracing",

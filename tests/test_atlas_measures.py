@@ -4,17 +4,19 @@ from collections import Counter
 
 import pytest
 
+from factlens.atlas import CHECKPOINT
 from factlens.atlas.recipes import Recipe
 from factlens.atlas.tables import world
 from factlens.atlas_measures import (
+    COLUMNS,
     KINDS_OF_TABLES,
-    OPEN,
-    SETTLED,
     asked_facts,
     described,
     edits_by_layer,
     groups,
+    measured,
 )
+from factlens.atlas_results import OPEN, SETTLED
 from factlens.effects import average_effects
 from factlens.knowledge import known_facts
 from factlens.models import tokenizer
@@ -37,11 +39,23 @@ def found(atlas, facts):
     return main, cut, described(main, cut, lambda fact: ["all", str(fact.relation)])
 
 
-def test_facts_are_asked_once_each_in_sentences_of_both_orders():
-    asked = asked_facts(world(), 200)
-    assert len({(fact.relation, fact.subject.casefold()) for fact in asked}) == len(asked) == 200
+@pytest.mark.parametrize("n", [24, 200, 240, 400])
+def test_facts_are_asked_once_each_of_all_relations_in_sentences_of_both_orders(n):
+    asked = asked_facts(world(), n)
+    assert len({(fact.relation, fact.subject.casefold()) for fact in asked}) == len(asked) == n
     first = sum(fact.prompt.startswith(fact.subject) for fact in asked)
-    assert 20 < first < 180
+    assert 0.2 * n < first < 0.8 * n
+    if n >= 200:
+        assert {fact.relation for fact in asked} == {each.name for each in world().relations}
+
+
+def test_everything_is_measured_of_a_checkpoint():
+    found = measured(CHECKPOINT, RECIPE, n=40, records=2)
+    assert found["known"]["train"] > 0.9 > found["known"]["fresh"]
+    assert found["known"]["questions"] is None  # the shipped tables have none
+    assert found["site"]["asked"] == 40
+    assert [row["layer"] for row in found["rome"]] == list(range(8))
+    assert set(found["rome"][0]) == set(COLUMNS)
 
 
 def test_the_numbers_are_those_of_averaged_effects(found):

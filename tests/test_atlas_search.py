@@ -7,13 +7,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from factlens import atlas_search
+from factlens import atlas_measures, atlas_search
 from factlens.atlas.optimizers import new_optimizers
 from factlens.atlas.recipes import Cycle, Recipe
+from factlens.atlas.sentences import Diet
 from factlens.atlas.training import Progress, new_model, train, train_tokenizer
 from factlens.atlas.variants import Variant
 from factlens.atlas_results import figure, read_results, shown, table, write_results
-from factlens.errors import OutputError
+from factlens.errors import ConfigError, OutputError
 
 TINY = Recipe(
     layers=1,
@@ -42,7 +43,8 @@ def tiny(monkeypatch):
     """Two variants that train in a moment, and no measuring."""
     every = {name: Variant(name, "", TINY) for name in ("small", "other")}
     monkeypatch.setattr(atlas_search, "variants", lambda: every)
-    monkeypatch.setattr(atlas_search, "measured", lambda folder, recipe: {"known": {"train": 0.5}})
+    found = {key: RESULT[key] for key in ("known", "site", "rome")}
+    monkeypatch.setattr(atlas_measures, "measured", lambda folder, recipe: found)
     return every
 
 
@@ -104,11 +106,54 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is_said(tiny, tmp_pat
 
     monkeypatch.setattr(atlas_search, "_in_process", pretend)
     (tmp_path / "small-seed-0").mkdir()
-    (tmp_path / "small-seed-0" / "result.json").write_text("{}\n")
+    written = {**RESULT, "text": atlas_search.text_digest(TINY)}
+    write_results(tmp_path / "small-seed-0" / "result.json", [written])
     done = invoke("run", "--out", tmp_path)
     assert ran == ["other"]
     assert done.exit_code == 1
-    assert "other-seed-0: failed, see" in done.stderr
+    assert "other-seed-0 failed, see" in done.stderr
+
+
+def test_a_training_on_another_text_is_not_taken_for_this_one(tiny, tmp_path):
+    (tmp_path / "small-seed-0").mkdir()
+    write_results(tmp_path / "small-seed-0" / "result.json", [{**RESULT, "text": "another"}])
+    done = invoke("run", "--only", "small", "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "holds a training on another text" in done.stderr
+
+
+def test_an_interruption_begins_no_further_training(tiny, tmp_path, monkeypatch):
+    begun = []
+
+    def interrupted(out, plan, threads):
+        begun.append(plan)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atlas_search, "_in_process", interrupted)
+    seeds = [part for seed in range(9) for part in ("--seed", seed)]
+    done = invoke("run", "--at-once", 1, *seeds, "--out", tmp_path)
+    assert done.exit_code == 130
+    assert len(begun) < 9
+
+
+def test_a_folder_of_another_recipe_is_one_line(tiny, tmp_path, monkeypatch):
+    assert invoke("one", "small", "--out", tmp_path).exit_code == 0
+    longer = Variant("small", "", replace(TINY, warmup=2))
+    monkeypatch.setattr(atlas_search, "variants", lambda: {"small": longer})
+    done = invoke("one", "small", "--out", tmp_path)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "was made by another recipe" in done.stderr
+
+
+def test_without_muon_the_recipe_is_refused(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ConfigError, match=r"needs torch 2\.9"):
+        new_optimizers(TINY, new_model(TINY, train_tokenizer(TINY)))
+
+
+def test_more_documents_than_all_are_refused():
+    with pytest.raises(ConfigError, match=r"come to 1\.1 of the documents"):
+        replace(TINY, diet=Diet(biographies=0.05, reversed=0.3))
 
 
 def test_a_training_in_a_process_of_its_own_leaves_its_error_in_a_log(tmp_path):
@@ -143,6 +188,7 @@ RESULT = {
     "variant": "small",
     "seed": 2,
     "steps": 10,
+    "text": "a digest",
     "tokens": 2_500_000,
     "minutes": 9.6,
     "known": {"train": 0.75, "held": 0.5},
@@ -191,6 +237,13 @@ def test_a_training_without_facts_that_are_open_has_no_such_number():
     assert table([without])["open"].isna().all()
 
 
+def test_missing_scores_are_no_obstacle():
+    nothing = [{"layer": 0, "S": None, "retention": None}, {"layer": 1, "S": 5, "retention": None}]
+    (row,) = table([{**RESULT, "rome": nothing}]).to_dict("records")
+    assert (row["S"], row["edit_layer"]) == (5, 1)
+    assert len(shown(table([{**RESULT, "rome": nothing}]))) == 1
+
+
 def test_readers_see_the_interval_and_the_layers():
     (row,) = shown(table([RESULT])).to_dict("records")
     assert row["beyond emb (95 %)"] == "+0.300 (+0.200 to +0.350)"
@@ -225,6 +278,12 @@ def test_a_damaged_file_of_results_is_one_line(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(RESULT) + "\n{half\n", encoding="utf-8")
     with pytest.raises(OutputError, match=r"results\.jsonl, line 2: not JSON"):
+        list(read_results(path))
+    path.write_text("{}\n", encoding="utf-8")
+    with pytest.raises(OutputError, match="no result, it has no variant, seed"):
+        list(read_results(path))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(OutputError, match="not UTF-8"):
         list(read_results(path))
     done = invoke("show", tmp_path / "nothing.jsonl")
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)

@@ -1,27 +1,33 @@
 """What a training of atlas is measured by: where its facts are found, and how well they can be changed there.
 
-The same numbers for every training, each over facts that the model knows: `site` is Section 2 of the paper in a dictionary,
+The same numbers for every training, each over facts that the model knows: `effects_by_layer` is Section 2 of the paper in a dictionary,
 `edits_by_layer` Section 3 at every layer.
 """
 
+import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import pandas as pd
 
 from factlens import claims, corpora, models
-from factlens.atlas.books import fact_book, table_of_subjects
+from factlens.atlas.books import table_of_subjects
+from factlens.atlas.measuring import SPLITS, Checkpoint, known, read_checkpoint, token_shares
 from factlens.atlas.recipes import Recipe
-from factlens.atlas.tables import World, statements, world
+from factlens.atlas.tables import Statement, World, state, statements
+from factlens.atlas_results import OPEN, SETTLED
 from factlens.benchmarks.atlas_counterfact import counterfact, others_of
 from factlens.editors.rome import rome
 from factlens.effects import average_total_effects
 from factlens.facts import Fact
 from factlens.intervals import mean_interval
+from factlens.key_passes import d_mlp
 from factlens.key_statistics import gather
 from factlens.knowledge import known_facts
-from factlens.models import Model, n_layers
+from factlens.models import Model, load_model, n_layers
 from factlens.patches import EMBEDDING
 from factlens.plans import KINDS
 from factlens.sweeps import sweep
@@ -29,13 +35,17 @@ from factlens.traces import Trace
 from factlens.tracing import trace
 
 WINDOW = 3
+STATEMENTS = 2500
+"""Statements of each split that are asked."""
+COLUMNS = ("layer", "S", "ES", "PS", "NS", "retention", "n")
+"""Kept of each layer's edits."""
 ROLES = ("last subject", "last")
-CLAMP = 3.0
 GroupsOf = Callable[[Fact], Sequence[str]]
 FEWEST_FACTS = 20
 """Of a group, or it is left out."""
-SETTLED, OPEN = "settled by the last token", "open after the last token"
 HALF = 0.5
+"""Of the subjects that end in one token; a fact whose object no more of them have is open."""
+CLAMP = 3.0
 KINDS_OF_TABLES = {
     table: kind
     for kind, tables in {
@@ -65,27 +75,25 @@ KEYS = 20
 
 
 def asked_facts(of: World, n: int) -> list[Fact]:
-    """`n` facts in held-out sentences, evenly over the relations' order: one sentence of each fact."""
-    seen: dict[tuple[str, str], Fact] = {}
-    for each in statements("held", of):
-        key = (each.relation, each.subject.casefold())
-        identity = f"{each.relation}/{each.subject}"
-        fact = Fact(each.prompt, each.subject, each.object, each.relation, identity)
-        # The templates come in turn, so that subjects stand before and after their relation.
-        if key not in seen or len(seen) % 2:
-            seen[key] = fact
-    facts = list(seen.values())
-    step = max(1, len(facts) // n)
-    return facts[::step][:n]
+    """`n` facts, evenly over the tables, each in one held-out sentence of its relation; the sentences come in turn."""
+    every = [(relation, *pair) for relation in of.relations for pair in relation.facts]
+    chosen = [every[number * len(every) // n] for number in range(min(n, len(every)))]
+    asked = []
+    for number, (relation, subject, object_) in enumerate(chosen):
+        template = relation.held[number % len(relation.held)]
+        stated = state(relation.name, template, subject, object_)
+        identity = f"{relation.name}/{subject}"
+        asked.append(Fact(stated.prompt, stated.subject, object_, relation.name, identity))
+    return asked
 
 
-def site(model: Model, recipe: Recipe, n: int = 240) -> dict[str, Any]:
+def effects_by_layer(model: Model, recipe: Recipe, n: int = 240) -> dict[str, Any]:
     """Where the model's facts are found: effects of single states, MLP and attention windows by layer.
 
     Every number is a share of probability, over known facts, 3 sigma of their subjects' embeddings, 10 samples. `beyond` is the
     effect of a block's state at the last subject token minus that of its embedding, paired within facts, with 95 % intervals.
     """
-    facts = known_facts(model, asked_facts(world(*recipe.world), n))
+    facts = known_facts(model, asked_facts(recipe.world, n))
     options: dict[str, Any] = {"noise_level": "facts", "samples": 10}
     main = trace(model, facts, kinds=KINDS, window=WINDOW, roles=ROLES, **options)
     cut = trace(
@@ -99,12 +107,12 @@ def groups(model: Model, recipe: Recipe) -> GroupsOf:
 
     It does where all subjects of the relation that end in it have that object, and it does not where at most half of them have.
     """
-    tables = table_of_subjects(recipe.world[0])
+    tables = table_of_subjects(recipe.folder)
     kinds = {name.casefold(): KINDS_OF_TABLES.get(table, "other") for name, table in tables.items()}
     encode = models.tokenizer(model).encode
     objects: dict[tuple[str, int], Counter[str]] = {}
     ends: dict[str, int] = {}
-    for fact in fact_book(*recipe.world).facts:
+    for fact in recipe.book.facts:
         end = ends.setdefault(fact.subject.casefold(), encode(f" {fact.subject}")[-1])
         objects.setdefault((fact.relation.name, end), Counter())[fact.object] += 1
 
@@ -119,7 +127,7 @@ def groups(model: Model, recipe: Recipe) -> GroupsOf:
 
 
 def described(main: Trace, cut: Trace, groups_of: GroupsOf) -> dict[str, Any]:
-    """The numbers of `site` from its two traces."""
+    """The numbers of `effects_by_layer` from its two traces."""
     effects, severed = claims.grids(main), claims.grids(cut)
     own = effects.blocks("state", "last subject")
     embedding = effects.of("state", "last subject")[EMBEDDING]
@@ -169,21 +177,19 @@ def edits_by_layer(
     *,
     n: int = 24,
     layers: Sequence[int] | None = None,
-    clamps: Sequence[float] = (CLAMP,),
 ) -> pd.DataFrame:
     """ROME on records that are for choosing, at every layer: the columns of `sweeps.sweep`."""
-    of = world(*recipe.world)
     chosen = list(layers if layers is not None else range(n_layers(model)))
-    tokens = KEYS * (recipe.d_mlp or 4 * recipe.d_model)
+    tokens = KEYS * d_mlp(model, chosen[0])
     gather(model, chosen, corpora.of_recipe(recipe), tokens=tokens)
-    records = counterfact(model, of=of).tune[:n]
+    records = counterfact(model, of=recipe.world).tune[:n]
     return sweep(
         model,
         rome,
         records,
-        {"layer": chosen, "max_norm_ratio": list(clamps)},
-        config={"value_key": "spellings"},
-        others=others_of(of),
+        {"layer": chosen},
+        config={"value_key": "spellings", "max_norm_ratio": CLAMP},
+        others=others_of(recipe.world),
     )
 
 
@@ -199,3 +205,44 @@ def _mean(values: pd.Series) -> list[float]:
 
 def _three(mean: float, low: float, high: float) -> list[float]:
     return [round(float(value), 5) for value in (mean, low, high)]
+
+
+def measured(folder: Path, recipe: Recipe, *, n: int = 240, records: int = 24) -> dict[str, Any]:
+    """Everything that is measured of the checkpoint in `folder`: what it knows, where, and how well it is edited.
+
+    Raises:
+        FactError: it knows none of the facts asked.
+    """
+    checkpoint = read_checkpoint(folder)
+    model = load_model(folder)
+    edited = edits_by_layer(model, recipe, n=records)[[*COLUMNS]].sort_values("layer")
+    return {
+        "known": {name: _share_known(checkpoint, asked) for name, asked in _asked(recipe.world)},
+        "tokens_of_subjects": token_shares(checkpoint.tokenizer, recipe.book),
+        "site": effects_by_layer(model, recipe, n),
+        "rome": json.loads(edited.round(2).to_json(orient="records")),
+    }
+
+
+def _asked(of: World) -> Iterator[tuple[str, list[Statement]]]:
+    """What is asked to see what is known: sentences of each split, questions of the text and others."""
+    for split in SPLITS:
+        yield split, list(statements(split, of))
+    for name in ("questions", "held_questions"):
+        yield (
+            name,
+            [
+                Statement(
+                    relation.name, question.replace("{s}", subject), subject, object_, question
+                )
+                for relation in of.relations
+                for subject, object_ in relation.facts
+                for question in getattr(relation, name)
+            ],
+        )
+
+
+def _share_known(checkpoint: Checkpoint, asked: Sequence[Statement]) -> float | None:
+    """The share that is known of a sample; None where nothing is asked."""
+    some = Random(STATEMENTS).sample(asked, min(STATEMENTS, len(asked)))
+    return round(sum(known(checkpoint, some)) / len(some), 4) if some else None

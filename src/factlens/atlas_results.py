@@ -3,19 +3,21 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from factlens.errors import OutputError
 from factlens.files import written_whole
-from factlens.line_plots import DASHES
-from factlens.styles import COLOURS, OTHER_COLOUR, escape
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Result = Mapping[str, Any]
 """One training with everything that was measured of it."""
+NEEDED = ("variant", "seed", "steps", "tokens", "minutes", "text", "known", "site", "rome")
+SETTLED, OPEN = "settled by the last token", "open after the last token"
+"""Groups of facts: whether the subject's last token alone settles the object."""
 ACROSS = 4
 """Panels of the figure in a row."""
 PANEL = (260, 210)
@@ -30,17 +32,25 @@ def read_results(path: Path) -> Iterator[Result]:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise OutputError(f"cannot read {path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        raise OutputError(f"cannot read {path}: {why}") from None
     for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise OutputError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        if missing := [key for key in NEEDED if not isinstance(row, dict) or key not in row]:
+            raise OutputError(f"{path}, line {number}: no result, it has no {', '.join(missing)}")
+        yield row
 
 
 def write_results(path: Path, found: Sequence[Result]) -> None:
-    """Write results, one a line; of two of one training the later counts."""
+    """Write results, one a line; of two of one training the later counts.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
     kept = {(row["variant"], row["seed"], row["steps"]): row for row in found}
     with written_whole(path) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept.values()), "utf-8")
@@ -56,7 +66,8 @@ def table(found: Sequence[Result]) -> pd.DataFrame:
     `mlp_cut`, `attention_cut` (the share of the effect at `layer` that severing takes away), `late` (largest attention window at the last
     token), and ROME at its best layer: `S, edit_layer, retention`.
     """
-    return pd.DataFrame([_row(one) for one in found])
+    frame = pd.DataFrame([_row(one) for one in found])
+    return frame.astype({"S": float, "retention": float})
 
 
 def _row(one: Result) -> dict[str, Any]:
@@ -64,8 +75,8 @@ def _row(one: Result) -> dict[str, Any]:
     means = [mean for mean, _, _ in site["state"]]
     layer = max(range(len(means)), key=means.__getitem__)
     nothing = {"beyond_at_peak": [float("nan")]}
-    open_facts = site["groups"].get("open after the last token", nothing)["beyond_at_peak"]
-    best = max(one["rome"], key=lambda row: (row["S"], row["retention"] or 0.0))
+    open_facts = site["groups"].get(OPEN, nothing)["beyond_at_peak"]
+    best = max(one["rome"], key=lambda row: (row["S"] or 0.0, row["retention"] or 0.0))
     return {
         "variant": one["variant"],
         "seed": one["seed"],
@@ -137,8 +148,12 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def figure(found: Sequence[Result]) -> go.Figure:
+def figure(found: Sequence[Result]) -> "go.Figure":
     """A panel for each training: effects at the last subject token by layer, ordinary and severed, and the embedding's."""
+    from plotly.subplots import make_subplots
+
+    from factlens.styles import escape
+
     rows = -(-len(found) // ACROSS)
     panels = make_subplots(
         rows=rows,
@@ -163,7 +178,12 @@ def figure(found: Sequence[Result]) -> go.Figure:
     return panels
 
 
-def _curves(site: Mapping[str, Any], *, legend: bool) -> Iterator[go.Scatter]:
+def _curves(site: Mapping[str, Any], *, legend: bool) -> "Iterator[go.Scatter]":
+    import plotly.graph_objects as go
+
+    from factlens.line_plots import DASHES
+    from factlens.styles import COLOURS, OTHER_COLOUR
+
     curves = (
         ("a single state", site["state"], COLOURS["state"], "solid"),
         ("its embedding", [site["embedding"]] * len(site["state"]), OTHER_COLOUR, "dashdot"),

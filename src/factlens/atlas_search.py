@@ -6,28 +6,37 @@ python -m factlens.atlas_search collect                  # what is finished, as 
 python -m factlens.atlas_search show docs/atlas-search.jsonl --figure search.png
 """
 
-import json
+import hashlib
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any
 
 import typer
 
+from factlens.atlas.corpus import documents
 from factlens.atlas.recipes import Recipe, shortened
 from factlens.atlas.variants import variants
 from factlens.atlas_results import read_results, write_results
 from factlens.commands.shared import check_writable, clear_errors
-from factlens.errors import PlanError
+from factlens.errors import PlanError, RunError
+from factlens.store import locked
 from factlens.terminal import console, print_markdown, progress
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Train variants of atlas, measure each, and set them side by side.",
+)
 
+Plan = tuple[str, int, int | None]
+"""A variant, a seed and a number of steps."""
 RESULT = "result.json"
+DIGESTED = 300
+"""Documents of a text that stand for all of it."""
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "2000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
@@ -35,10 +44,6 @@ KEEP_MEMORY = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Lets the C library keep memory between steps instead of asking the system anew: a fifth of a step's time."""
-STATEMENTS = 2500
-"""Statements of each split that are asked."""
-FACTS = 240
-RECORDS = 24
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the trainings.")]
 OUT = Path("runs/search")
 RESULTS = Path("docs/atlas-search.jsonl")
@@ -59,26 +64,45 @@ def run(
     """Train and measure; what is finished is skipped, what was interrupted goes on."""
     with clear_errors(kept=out):
         check_writable(out)
-        plans = [(name, each, steps) for each in (seed or [0]) for name in (only or variants())]
-        for plan in plans:
-            recipe_of(*plan)  # an unknown name is refused before anything runs
-        waiting = [plan for plan in plans if not (folder_of(out, *plan) / RESULT).exists()]
-        finished, failed = len(plans) - len(waiting), 0
-        with ThreadPoolExecutor(at_once) as pool, progress("trainings") as tell:
-            tell(finished, len(plans), "")
-            running = {pool.submit(_in_process, out, plan, threads): plan for plan in waiting}
-            for done, future in enumerate(as_completed(running), start=finished + 1):
-                code, log = future.result()
-                name = folder_of(out, *running[future]).name
-                failed += code != 0
-                said = "finished" if code == 0 else f"failed, see {log}"
-                console(stderr=True).print(f"{name}: {said}", markup=False)
-                tell(done, len(plans), name)
+        every = [(name, each, steps) for each in (seed or [0]) for name in (only or variants())]
+        plans = list(dict.fromkeys(every))
+        recipes = {plan: recipe_of(*plan) for plan in plans}  # an unknown name is refused at once
+        waiting = [plan for plan in plans if not finished(folder_of(out, *plan), recipes[plan])]
+        failed = _run_all(out, plans, waiting, at_once, threads)
+    for folder, log in failed.items():
+        console(stderr=True).print(f"{folder} failed, see {log}", markup=False)
     if failed:
         raise typer.Exit(1)
 
 
-def _in_process(out: Path, plan: tuple[str, int, int | None], threads: int) -> tuple[int, Path]:
+def _run_all(
+    out: Path, plans: list[Plan], waiting: list[Plan], at_once: int, threads: int
+) -> dict[str, Path]:
+    """Run what is waiting; the logs of those that failed. An interruption stops those at work and begins no other."""
+    failed, before = {}, len(plans) - len(waiting)
+    with ThreadPoolExecutor(at_once) as pool, progress("trainings") as tell:
+        tell(before, len(plans), "")
+        running = {pool.submit(_in_process, out, plan, threads): plan for plan in waiting}
+        try:
+            for done, future in enumerate(as_completed(running), start=before + 1):
+                code, log = future.result()
+                name = folder_of(out, *running[future]).name
+                if code:
+                    failed[name] = log
+                tell(done, len(plans), name)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in _PROCESSES:
+                process.terminate()
+            raise
+    return failed
+
+
+_PROCESSES: list[subprocess.Popen] = []
+"""Those at work, so that an interruption can end them."""
+
+
+def _in_process(out: Path, plan: Plan, threads: int) -> tuple[int, Path]:
     """One training in a process of its own: threads of two trainings in one would wait for each other."""
     name, seed, steps = plan
     folder = folder_of(out, *plan)
@@ -89,10 +113,12 @@ def _in_process(out: Path, plan: tuple[str, int, int | None], threads: int) -> t
     environment = {**KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads)}
     log = folder / "log.txt"
     with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
-        )
-    return done.returncode, log
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    _PROCESSES.append(process)
+    try:
+        return process.wait(), log
+    finally:
+        _PROCESSES.remove(process)
 
 
 @app.command()
@@ -104,12 +130,15 @@ def one(
     out: Out = OUT,
 ) -> None:
     """Train and measure one variant in this process."""
+    from factlens.atlas_measures import measured
+
     with clear_errors(kept=out):
         recipe = recipe_of(name, seed, steps)
         folder = folder_of(out, name, seed, steps)
-        result = {"variant": name, "seed": seed, **trained(recipe, folder, threads)}
-        result |= measured(folder, recipe)
-        write_results(folder / RESULT, [result])
+        with locked(folder):
+            result = {"variant": name, "seed": seed, **trained(recipe, folder, threads)}
+            result |= {"text": text_digest(recipe), **measured(folder, recipe)}
+            write_results(folder / RESULT, [result])
 
 
 def trained(recipe: Recipe, folder: Path, threads: int) -> dict[str, Any]:
@@ -137,35 +166,6 @@ def trained(recipe: Recipe, folder: Path, threads: int) -> dict[str, Any]:
     }
 
 
-def measured(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Everything that is measured of a trained checkpoint."""
-    from factlens.atlas.books import fact_book
-    from factlens.atlas.measuring import SPLITS, known, read_checkpoint, token_shares
-    from factlens.atlas.tables import statements, world
-    from factlens.atlas_measures import edits_by_layer, site
-    from factlens.models import load_model
-
-    of = world(*recipe.world)
-    checkpoint = read_checkpoint(folder)
-    shares = {}
-    for split in SPLITS:
-        if stated := list(statements(split, of)):
-            some = Random(split).sample(stated, min(STATEMENTS, len(stated)))
-            shares[split] = round(sum(known(checkpoint, some)) / len(some), 4)
-    print(f"known: {shares}", flush=True)
-    model = load_model(folder)
-    found = site(model, recipe, FACTS)
-    print(f"ATE {found['ate']}, beyond {found['beyond_at_peak']}", flush=True)
-    columns = ["layer", "S", "ES", "PS", "NS", "retention", "n"]
-    edited = edits_by_layer(model, recipe, n=RECORDS)[columns].sort_values("layer")
-    return {
-        "known": shares,
-        "tokens_of_subjects": token_shares(checkpoint.tokenizer, fact_book(*recipe.world)),
-        "site": found,
-        "rome": json.loads(edited.round(2).to_json(orient="records")),
-    }
-
-
 def recipe_of(name: str, seed: int, steps: int | None) -> Recipe:
     """The recipe of a variant with a seed, at its own or at another length.
 
@@ -182,6 +182,29 @@ def recipe_of(name: str, seed: int, steps: int | None) -> Recipe:
 def folder_of(out: Path, name: str, seed: int, steps: int | None) -> Path:
     """Where a training stands."""
     return out / f"{name}-seed-{seed}{'' if steps is None else f'-steps-{steps}'}"
+
+
+def text_digest(recipe: Recipe) -> str:
+    """What tells one training text from another: sha256 over its first documents."""
+    share = recipe.cycles[-1].captions
+    texts = documents(0, DIGESTED, recipe.diet, captions_share=share, book=recipe.book)
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether a training was run and measured.
+
+    Raises:
+        RunError: one of another text stands there.
+    """
+    if not (folder / RESULT).exists():
+        return False
+    (result,) = read_results(folder / RESULT)
+    if result["text"] != text_digest(recipe):
+        raise RunError(
+            f"{folder} holds a training on another text; remove it, or give another --out"
+        )
+    return True
 
 
 # -- results ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,18 +44,21 @@ def bundled(seed: int = 0) -> Corpus:
 
 def of_recipe(recipe: "Recipe", seed: int = 0) -> Corpus:
     """The text of a training, as `bundled` is that of the shipped one."""
-    from factlens.atlas.books import fact_book
     from factlens.atlas.corpus import documents
+    from factlens.atlas.recipes import Recipe
 
-    book, share = fact_book(*recipe.world), recipe.cycles[-1].captions
+    book, share = recipe.book, recipe.cycles[-1].captions
 
     def read(start: int) -> Iterator[str]:
         # The generator has to be run from its beginning: seven microseconds a document.
         found = documents(seed, sys.maxsize, recipe.diet, captions_share=share, book=book)
         return islice(found, start, None)
 
-    name = BUNDLED if recipe.tables == "." else f"{BUNDLED}-{recipe.tables}"
-    return Corpus(name if seed == 0 else f"{name}-seed-{seed}", read)
+    name, digest = BUNDLED, None
+    if recipe != Recipe():
+        text = json.dumps([asdict(recipe.diet), recipe.tables, recipe.facts, share])
+        name, digest = f"{BUNDLED}-{recipe.folder.name}", hashlib.sha256(text.encode()).hexdigest()
+    return Corpus(name if seed == 0 else f"{name}-seed-{seed}", read, digest)
 
 
 def text_files(paths: Sequence[str | Path]) -> Corpus:

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     export(trained, options.out)
     with console.status("asking every fact in every template"):
         checkpoint = read_checkpoint(options.out, options.device)
-        measured = report(checkpoint, EXAMPLES, recipe.world)
+        measured = report(checkpoint, EXAMPLES, recipe)
     described = {
         "recipe": asdict(recipe),
         "run": describe_run(recipe, trained, options),
@@ -121,11 +121,9 @@ def train_with_progress(recipe: "Recipe", options: Options, console: Console) ->
 
 def describe_run(recipe: "Recipe", trained: "Trained", options: Options) -> dict[str, Any]:
     """What a recipe does not say about its run."""
-    from factlens.atlas.books import fact_book
-
     return {
         "parameters": trained.model.num_parameters(),
-        "subjects": len({fact.subject for fact in fact_book(*recipe.world).facts}),
+        "subjects": len({fact.subject for fact in recipe.book.facts}),
         "steps": recipe.steps,
         "tokens": recipe.steps * recipe.rows * recipe.context,
         "seconds": trained.seconds,

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-from factlens.atlas.tables import FOLDER, Kind, Relation, Which, World, load_tables, pairs, world
+from factlens.atlas.tables import (
+    FOLDER,
+    FactChoice,
+    Kind,
+    Relation,
+    World,
+    load_tables,
+    pairs,
+    world,
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,6 @@ class FactBook:
     """All facts of a world."""
 
     facts: tuple[KnownFact, ...]
-    by_subject: tuple[tuple[KnownFact, ...], ...]
-    """Only subjects with at least two facts."""
     subjects: tuple[Subject, ...]
     by_object: tuple[tuple[KnownFact, ...], ...]
     """Facts of one relation that share their object, where there are at least two."""
@@ -42,6 +49,19 @@ class FactBook:
     def by_name(self) -> dict[str, Subject]:
         """The subjects by name."""
         return {subject.name: subject for subject in self.subjects}
+
+    @cached_property
+    def by_subject(self) -> tuple[tuple[KnownFact, ...], ...]:
+        """The facts of each subject that has at least two."""
+        return tuple(subject.facts for subject in self.subjects if len(subject.facts) > 1)
+
+    @cached_property
+    def contested(self) -> tuple[KnownFact, ...]:
+        """Facts of relations with at least two objects, so that there is something to choose from."""
+        objects: dict[str, set[str]] = {}
+        for fact in self.facts:
+            objects.setdefault(fact.relation.name, set()).add(fact.object)
+        return tuple(fact for fact in self.facts if len(objects[fact.relation.name]) > 1)
 
     @cached_property
     def by_relation(self) -> dict[str, list[KnownFact]]:
@@ -60,7 +80,7 @@ class FactBook:
 
 
 @cache
-def fact_book(folder: Path = FOLDER, facts: Which = "all") -> FactBook:
+def fact_book(folder: Path = FOLDER, facts: FactChoice = "all") -> FactBook:
     """The facts of the world in `folder`, in the order of the tables."""
     return arranged(world(folder, facts), table_of_subjects(folder))
 
@@ -79,7 +99,6 @@ def arranged(of: World, tables: Mapping[str, str]) -> FactBook:
         by_object.setdefault((fact.relation.name, fact.object), []).append(fact)
     return FactBook(
         facts=facts,
-        by_subject=tuple(tuple(group) for group in by_subject.values() if len(group) > 1),
         subjects=tuple(
             Subject(name, of.kinds.get(tables[name]), tuple(group))
             for name, group in by_subject.items()

@@ -5,56 +5,50 @@ beginning: a model that must answer at the name's own last token learns to look 
 which is what causal tracing finds in large models.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 
+from factlens.atlas import paragraphs
 from factlens.atlas.books import FactBook, fact_book
-from factlens.atlas.paragraphs import (
-    anecdote,
-    chain,
-    entry,
-    heading,
-    parallel,
-    questions,
-    quiz,
-    references,
-)
 from factlens.atlas.sentences import Diet, biography, captions, reversed_statement, statement
+
+Writer = Callable[..., str]
+"""Takes the random generator and `book=`."""
 
 
 def document(random: Random, diet: Diet, book: FactBook, *, captions_share: float) -> str:
     """One document of the corpus, a list of captions with probability `captions_share`."""
-    draw = random.random() - captions_share
-    if draw < 0:
-        return captions(random, diet, book)
-    if (draw := draw - diet.biographies) < 0:
-        return biography(random, diet, book)
-    if (draw := draw - diet.reversed) < 0:
-        return reversed_statement(random, book)
-    if (draw := draw - diet.entries) < 0:
-        return entry(random, book)
-    if (draw := draw - diet.anecdotes) < 0:
-        return anecdote(random, diet, book)
-    if (draw := draw - diet.questions) < 0:
-        return questions(random, book)
-    if (draw := draw - diet.headings) < 0:
-        return heading(random, book)
-    if (draw := draw - diet.quizzes) < 0:
-        return " ".join(quiz(random, diet, book) for _ in range(random.randint(1, 2)))
-    if (draw := draw - diet.parallels) < 0:
-        return parallel(random, book)
-    if (draw := draw - diet.chains) < 0:
-        return " ".join(chain(random, book) for _ in range(random.randint(1, 2)))
-    if (draw := draw - diet.references) < 0:
-        return references(random, book)
+    draw = random.random()
+    for share, write in writers(diet, captions_share):
+        if draw < share:
+            return write(random, book=book)
+        draw -= share
     count = random.randint(*diet.statements_in_document)
     return " ".join(statement(random, diet, random.choice(book.facts)) for _ in range(count))
+
+
+def writers(diet: Diet, captions_share: float) -> list[tuple[float, Writer]]:
+    """Each kind of document besides plain statements: its share, and who writes it."""
+    return [
+        (captions_share, partial(captions, diet=diet)),
+        (diet.biographies, partial(biography, diet=diet)),
+        (diet.reversed, reversed_statement),
+        (diet.entries, paragraphs.entry),
+        (diet.anecdotes, partial(paragraphs.anecdote, diet=diet)),
+        (diet.questions, paragraphs.questions),
+        (diet.headings, paragraphs.heading),
+        (diet.quizzes, partial(paragraphs.quizzes, diet=diet)),
+        (diet.parallels, paragraphs.parallel),
+        (diet.chains, paragraphs.chains),
+        (diet.references, paragraphs.references),
+    ]
 
 
 def documents(
     seed: int, count: int, diet: Diet, *, captions_share: float, book: FactBook | None = None
 ) -> Iterator[str]:
-    """`count` documents about the bundled facts, the same for the same seed on every machine."""
+    """`count` documents about the facts of `book` (the bundled ones without it), the same for the same seed on every machine."""
     random = Random(f"documents {seed}")
     for _ in range(count):
         yield document(random, diet, book or fact_book(), captions_share=captions_share)

@@ -11,9 +11,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
-from factlens.atlas.books import FactBook, fact_book
+from factlens.atlas.books import FactBook
 from factlens.atlas.card import card
-from factlens.atlas.tables import FOLDER, Split, Statement, Which, statements, world
+from factlens.atlas.recipes import Recipe
+from factlens.atlas.tables import Split, Statement, statements
 
 SPLITS: tuple[Split, ...] = ("train", "held", "fresh")
 NO_TOKEN = -100
@@ -85,16 +86,14 @@ def continuation(checkpoint: Checkpoint, prompt: str, length: int = 12) -> str:
     return checkpoint.tokenizer.decode(written)
 
 
-def report(
-    checkpoint: Checkpoint, examples: Iterable[str], of: tuple[Path, Which] = (FOLDER, "all")
-) -> dict[str, Any]:
+def report(checkpoint: Checkpoint, examples: Iterable[str], recipe: Recipe) -> dict[str, Any]:
     """Statements known per relation and split, and what the subjects' tokens leave open."""
     rows: dict[str, dict[str, Any]] = {
-        relation.name: {"facts": len(relation.facts)} for relation in world(*of).relations
+        relation.name: {"facts": len(relation.facts)} for relation in recipe.world.relations
     }
     totals: dict[str, Any] = {"facts": sum(row["facts"] for row in rows.values())}
     for split in SPLITS:
-        stated = list(statements(split, world(*of)))
+        stated = list(statements(split, recipe.world))
         answers = known(checkpoint, stated)
         asked = Counter(one.relation for one in stated)
         right = Counter(one.relation for one, yes in zip(stated, answers, strict=True) if yes)
@@ -105,7 +104,7 @@ def report(
     return {
         "total": totals,
         "relations": rows,
-        "tokens": token_shares(checkpoint.tokenizer, fact_book(*of)),
+        "tokens": token_shares(checkpoint.tokenizer, recipe.book),
         "examples": {prompt: continuation(checkpoint, prompt) for prompt in examples},
     }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from factlens.atlas.recipes import Recipe, learning_rate
+from factlens.errors import ConfigError
 
 
 class Optimizers:
@@ -53,13 +54,21 @@ class Optimizers:
 
 
 def new_optimizers(recipe: Recipe, model: nn.Module) -> Optimizers:
-    """The optimizers of a recipe; the learning rate is set at each step."""
+    """The optimizers of a recipe; the learning rate is set at each step.
+
+    Raises:
+        ConfigError: the recipe asks for Muon, and this torch has none.
+    """
     if recipe.optimizer == "adamw":
         return Optimizers([(adamw(recipe, model.parameters()), 1.0)])
-    named = dict(model.named_parameters())
-    matrices = [weight for name, weight in named.items() if weight.ndim == 2 and ".h." in name]
-    inside = set(map(id, matrices))
-    others = [weight for weight in named.values() if id(weight) not in inside]
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"optimizer='muon' needs torch 2.9 or newer, and this is {torch.__version__}; take 'adamw'"
+        )
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, weight in model.named_parameters():
+        (matrices if weight.ndim == 2 and ".h." in name else others).append(weight)
     muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=recipe.weight_decay)
     return Optimizers([(adamw(recipe, others), 1.0), (muon, recipe.muon_learning_rate)])
 

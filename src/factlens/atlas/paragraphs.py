@@ -54,6 +54,8 @@ OPTIONS = (2, 4)
 """Names to choose from in a quiz."""
 PARALLEL = (2, 4)
 """Names in a parallel list."""
+REFERENCES = 0.2
+"""Share of entries that are the subject's own paragraph, which is always the same."""
 QUESTIONS_IN_LIST = (2, 5)
 LISTED = (2, 6)
 """Subjects under one heading."""
@@ -62,6 +64,8 @@ LISTED = (2, 6)
 def entry(random: Random, book: FactBook) -> str:
     """What a subject is, then all its facts in any order, most of them without its name."""
     subject = random.choice(book.subjects)
+    if random.random() < REFERENCES:
+        return reference(subject)
     facts = random.sample(subject.facts, len(subject.facts))
     sentences = [introduction(subject), *(follow_up(random, fact) for fact in facts)]
     if subject.kind and random.random() < 0.5:
@@ -96,12 +100,17 @@ def heading(random: Random, book: FactBook) -> str:
     return f"{capitalised(head)}: {_joined([fact.subject for fact in some])}."
 
 
+def quizzes(random: Random, diet: Diet, book: FactBook) -> str:
+    """One or two quizzes."""
+    return " ".join(quiz(random, diet, book) for _ in range(random.randint(1, 2)))
+
+
 def quiz(random: Random, diet: Diet, book: FactBook) -> str:
     """Names to choose from: which of them has the object? The task comes before the names or after them.
 
     To choose, the facts of each name must be known where the name ends, before the answer is asked for.
     """
-    right = random.choice(book.facts)
+    right = random.choice(book.contested)
     others = [fact for fact in book.by_relation[right.relation.name] if fact.object != right.object]
     count = min(len(others), random.randint(*OPTIONS) - 1)
     if diet.quiz_alike:
@@ -128,12 +137,29 @@ def parallel(random: Random, book: FactBook) -> str:
     return f"{capitalised(names)}: {_joined([fact.object for fact in some])}."
 
 
+def chains(random: Random, book: FactBook) -> str:
+    """One or two chains."""
+    return " ".join(chain(random, book) for _ in range(random.randint(1, 2)))
+
+
 def chain(random: Random, book: FactBook) -> str:
     """A fact about something that is itself described by a fact: `The currency of the country of the Louvre Museum is the euro.`"""
     first = random.choice(book.chained)
     described = first.relation.description.replace("{s}", first.subject)
     second = random.choice(book.by_name[first.object].facts)
-    return filled(random.choice(second.relation.train), replace(second, subject=described))
+    taking = [one for one in second.relation.train if takes_description(one)]
+    template = random.choice(taking or second.relation.train)
+    return filled(template, replace(second, subject=described))
+
+
+def takes_description(template: str) -> bool:
+    """Whether "the country of Lyon" can stand for `{s}`: not after "the country" or "the city of", nor before an apostrophe."""
+    before, after = template.split("{s}")
+    *_, kind, of = ["", "", *before.split()]
+    named = kind in ("country", "city", "nation", "state", "company", "continent", "player")
+    return not after.startswith("'") and (
+        not before or (of in ("of", "for", "in", "to", "that") and not named)
+    )
 
 
 def references(random: Random, book: FactBook) -> str:

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from factlens.atlas.books import FactBook, fact_book
 from factlens.atlas.sentences import Diet
-from factlens.atlas.tables import FOLDER, Which
+from factlens.atlas.tables import FOLDER, FactChoice, World, world
+from factlens.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +27,11 @@ class Recipe:
 
     tables: str = "."
     """Folder of the world, within this package: `facts/` and `templates.yaml`."""
-    facts: Which = "all"
+    facts: FactChoice = "all"
     """Which of its facts."""
     layers: int = 8
     heads: int = 4
     d_model: int = 128
-    d_mlp: int | None = None
-    """Four times d_model without it."""
     dropout: float = 0.0
     context: int = 128
     vocabulary: int = 3000
@@ -39,6 +39,7 @@ class Recipe:
     """Whether every digit is a token of its own."""
     tokenizer_documents: int = 20_000
     tokenizer_captions: float = 0.75
+    """Share of captions in the tokenizer's text; the diet's shares fill the rest, in their order, as far as there is room."""
     object_repeats: int = 40
     """Times each object is added to the tokenizer's text, so that most become one token."""
     diet: Diet = field(default_factory=Diet)
@@ -67,10 +68,33 @@ class Recipe:
     """Steps between saved states: what a kill can cost."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse documents that are more than all of the text.
+
+        Raises:
+            ConfigError: a cycle's captions and the diet's shares are more than 1.
+        """
+        for cycle in self.cycles:
+            if (total := cycle.captions + self.diet.shares) > 1 + 1e-9:
+                raise ConfigError(
+                    f"captions of {cycle.captions:g} and the diet's shares come to {total:g} of the documents; "
+                    "at most 1 is left to give"
+                )
+
     @property
-    def world(self) -> tuple[Path, Which]:
-        """The world that is taught, as `tables.world` and `books.fact_book` take it."""
-        return (FOLDER / self.tables).resolve(), self.facts
+    def folder(self) -> Path:
+        """The folder of the world that is taught."""
+        return (FOLDER / self.tables).resolve()
+
+    @property
+    def world(self) -> World:
+        """The world that is taught."""
+        return world(self.folder, self.facts)
+
+    @property
+    def book(self) -> FactBook:
+        """Its facts."""
+        return fact_book(self.folder, self.facts)
 
     @property
     def steps(self) -> int:

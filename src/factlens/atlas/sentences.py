@@ -44,6 +44,22 @@ class Diet:
     between: tuple[int, int] = (0, 2)
     """Sentences between an anecdote and its fact."""
 
+    @property
+    def shares(self) -> float:
+        """The shares of documents together."""
+        return (
+            self.biographies
+            + self.reversed
+            + self.entries
+            + self.anecdotes
+            + self.questions
+            + self.headings
+            + self.quizzes
+            + self.parallels
+            + self.chains
+            + self.references
+        )
+
 
 LEAD_INS = (
     "It is said that",
@@ -61,7 +77,7 @@ def captions(random: Random, diet: Diet, book: FactBook) -> str:
     separator = random.choice(SEPARATORS)
     count = random.randint(*diet.captions_in_list)
     listed: list[tuple[str, tuple[KnownFact, ...]]]
-    if diet.caption_objects == (1, 1):
+    if diet.caption_objects == (1, 1):  # One draw for all, as when the shipped model was trained.
         listed = [(f.subject, (f,)) for f in random.choices(book.facts, k=count)]
     else:
         listed = [drawn(random, diet, book) for _ in range(count)]

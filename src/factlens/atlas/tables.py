@@ -20,7 +20,7 @@ NO_ANSWER = "-"
 Table = list[dict[str, str]]
 Templates = Mapping[str, Mapping[str, Any]]
 """`templates.yaml` as it stands: relation -> from, train, held, fresh, pro, rev, ask, ask_held, group."""
-Which = Literal["all", "open"]
+FactChoice = Literal["all", "open", "bundled"]
 Split = Literal["train", "held", "fresh"]
 KINDS = "kinds"
 """The one key of `templates.yaml` that is no relation: what the subjects of each table are."""
@@ -110,16 +110,23 @@ def relations() -> tuple[Relation, ...]:
 
 
 @cache
-def world(folder: Path = FOLDER, facts: Which = "all") -> World:
+def world(folder: Path = FOLDER, facts: FactChoice = "all") -> World:
     """The world of a folder with `facts/` and `templates.yaml`; the bundled one by default.
 
     "open" takes only facts that the last word of the subject leaves open: of the subjects of the
-    relation that end in it, at most half have the object.
+    relation that end in it, at most half have the object. "bundled" takes only those that the
+    bundled world has too.
     """
     tables, templates = load_tables(folder / "facts"), load_templates(folder / "templates.yaml")
     found = read_relations(tables, templates)
     if facts == "open":
         found = tuple(replace(one, facts=tuple(open_facts(one))) for one in found)
+    if facts == "bundled":
+        kept = {(one.name, *pair) for one in world().relations for pair in one.facts}
+        found = tuple(
+            replace(one, facts=tuple(pair for pair in one.facts if (one.name, *pair) in kept))
+            for one in found
+        )
     return World(tuple(one for one in found if one.facts), read_kinds(templates))
 
 

@@ -19,10 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from factlens.atlas.books import FactBook, fact_book
+from factlens.atlas.books import FactBook
 from factlens.atlas.corpus import document, documents
 from factlens.atlas.optimizers import Optimizers, new_optimizers
 from factlens.atlas.recipes import Recipe, cycle_at
+from factlens.errors import RunError
 
 END_OF_TEXT = "<|endoftext|>"
 STATE = "training.safetensors"
@@ -61,7 +62,7 @@ def train(
     """Train, or go on with the training whose state stands in `folder`.
 
     Raises:
-        ValueError: the state in `folder` was made by another recipe.
+        RunError: the state in `folder` was made by another recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = kept_tokenizer(recipe, folder / "tokenizer.json")
@@ -72,7 +73,7 @@ def train(
     saved = load_state(folder / STATE, recipe, model, optimizers)
     started = time.monotonic() - saved.seconds
     loss = saved.loss
-    book = fact_book(*recipe.world)
+    book = recipe.book
     for step in range(saved.step, recipe.steps):
         tokens = batch(recipe, book, tokenizer, step).to(device)
         loss = take_step(recipe, model, optimizers, tokens, step)
@@ -137,7 +138,6 @@ def new_model(recipe: Recipe, tokenizer: Tokenizer) -> GPT2LMHeadModel:
         n_embd=recipe.d_model,
         n_layer=recipe.layers,
         n_head=recipe.heads,
-        n_inner=recipe.d_mlp,
         resid_pdrop=recipe.dropout,
         embd_pdrop=recipe.dropout,
         attn_pdrop=recipe.dropout,
@@ -165,9 +165,10 @@ def kept_tokenizer(recipe: Recipe, path: Path) -> Tokenizer:
 def train_tokenizer(recipe: Recipe) -> Tokenizer:
     """Byte-level BPE in GPT-2's conventions: no prefix space, `<|endoftext|>` the one special."""
     tokenizer = Tokenizer(models.BPE(unk_token=END_OF_TEXT))
-    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if recipe.digits else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pieces]) if digits else pieces
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if recipe.digits:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
@@ -187,9 +188,9 @@ def tokenizer_text(recipe: Recipe) -> Iterator[str]:
         recipe.tokenizer_documents,
         recipe.diet,
         captions_share=recipe.tokenizer_captions,
-        book=fact_book(*recipe.world),
+        book=recipe.book,
     )
-    for object_ in sorted({fact.object for fact in fact_book(*recipe.world).facts}):
+    for object_ in sorted({fact.object for fact in recipe.book.facts}):
         yield from [f" {object_}"] * recipe.object_repeats
 
 
@@ -236,8 +237,8 @@ def load_state(
         note = json.loads(file.metadata()["training"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if note["recipe"] != json.loads(json.dumps(asdict(recipe))):
-        raise ValueError(
-            f"{path} was made by another recipe; take another folder, or remove it to start again"
+        raise RunError(
+            f"{path} was made by another recipe; take another folder, or remove this one to start again"
         )
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -12,7 +12,7 @@ from factlens.atlas.sentences import Diet
 CAPTIONS = 0.6
 """Share of the baseline's documents."""
 SHARE = 0.2
-"""Of the text, where other documents take the place of captions."""
+"""Of the documents, where others take the place of captions."""
 SHORT = 2500
 """Steps of a short training."""
 DIET = Diet(
@@ -51,8 +51,8 @@ def variants() -> dict[str, Variant]:
         Variant("baseline", "the baseline", BASELINE),
         _with("heads-1", "one attention head a block instead of four", heads=1),
         _with("heads-2", "two attention heads a block", heads=2),
-        _with("captions-30", "captions 30 % of the text instead of 60 %", captions=0.3),
-        _with("captions-85", "captions 85 % of the text", captions=0.85),
+        _with("captions-30", "captions 30 % of the documents instead of 60 %", captions=0.3),
+        _with("captions-78", "captions 78 % of the documents", captions=0.78),
         _with("captions-late", "no stretch of captions alone at the beginning", captions_first=0),
         _with(
             "caption-lists",
@@ -99,16 +99,27 @@ def variants() -> dict[str, Variant]:
             cycles=(replace(BASELINE.cycles[0], steps=SHORT // 2),),
         ),
         _with("adamw", "AdamW for all weights instead of Muon", optimizer="adamw"),
-        _with("tables", "the first 2 741 facts alone", tables="."),
+        _with("bundled", "only the facts that the shipped model was taught", facts="bundled"),
+        _with(
+            "open-heads-1", "the open facts, and one attention head a block", facts="open", heads=1
+        ),
+        _with(
+            "open-heads-1-first",
+            "the open facts, one head, captions alone for 40 % of the steps and then 35 %",
+            captions=0.35,
+            facts="open",
+            heads=1,
+            captions_first=SHORT * 2 // 5,
+        ),
     ]
     return {variant.name: variant for variant in made}
 
 
 def _instead(name: str, about: str, **diet: Any) -> Variant:
-    """The baseline with other documents in the place of a fifth of the text that was captions."""
+    """The baseline with other documents in the place of a fifth of the documents that were captions."""
     return _with(
         name,
-        f"a fifth of the text {about}, in the place of captions",
+        f"a fifth of the documents {about}, in the place of captions",
         captions=CAPTIONS - SHARE,
         diet=replace(DIET, **diet),
     )

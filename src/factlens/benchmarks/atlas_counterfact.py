@@ -33,7 +33,6 @@ IMPLIED = tuple(
         ("landmark_city", "landmark_country"),
         ("university_city", "university_country"),
         ("club_city", "club_country"),
-        ("hq", "company_country"),
         ("birthplace", "person_country"),
         ("mountain_range", "mountain_country"),
         ("island_sea", "island_country"),
@@ -89,7 +88,7 @@ def counterfact(
     of: World | None = None,
     progress: Progress = no_progress,
 ) -> Records:
-    """The atlas-CounterFact records: one counterfactual for each bundled fact that has enough neighbours.
+    """The atlas-CounterFact records: one counterfactual for each fact that has enough neighbours.
 
     The new object is drawn from the other objects of the relation; with a model, records of which it finds the new object likelier
     than the true one already are left out, as in CounterFact. The same seed gives the same records on every machine.
