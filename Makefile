@@ -93,7 +93,7 @@ paper: $(VENV)/installed $(RAY)  ## Every figure and table of the paper that the
 	@$(MAKE) --no-print-directory average OUT="$${OUT:-runs/paper-$$(basename "$$MODEL")}"
 
 test: $(VENV)/installed-dev  ## The tests
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-hooked-transformer:  ## Engines and edits under TransformerLens 3.9, in an environment of its own
 	@$(MAKE) --no-print-directory .venv-3.9/installed

@@ -3,17 +3,19 @@
 import copy
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from random import Random
 
 import pytest
 from builders import occurs
 
-from factlens.atlas.books import FactBook, arranged, fact_book, table_of_subjects
+from factlens.atlas.books import FactBook, KnownFact, arranged, fact_book, table_of_subjects
 from factlens.atlas.checks import problems
 from factlens.atlas.corpus import documents
 from factlens.atlas.paragraphs import (
     BETWEEN,
+    alike,
     anecdote,
     chain,
     entry,
@@ -131,10 +133,10 @@ def test_a_heading_stands_over_subjects_that_have_its_object(book):
         assert {(name, subject, object_) for subject in listed(subjects)} <= TRUE
 
 
-@pytest.mark.parametrize("alike", [False, True])
-def test_a_quiz_has_one_right_answer_and_gives_it(book, alike):
+@pytest.mark.parametrize("share", [False, True])
+def test_a_quiz_has_one_right_answer_and_gives_it(book, share):
     forms = set()
-    for text in drawn(quiz, Diet(quiz_alike=alike), book):
+    for text in drawn(quiz, Diet(alike=share), book):
         before = re.fullmatch(r"Those of (\w+) (.+): (.+)\? (.+)\.", text)
         after = re.fullmatch(r"(.+)\? Those of (\w+) (.+): (.+)\.", text)
         if before:
@@ -148,13 +150,22 @@ def test_a_quiz_has_one_right_answer_and_gives_it(book, alike):
     assert forms == {True, False}
 
 
-def test_a_parallel_list_keeps_the_order(book):
-    for text in drawn(parallel, book):
+@pytest.mark.parametrize("share", [False, True])
+def test_a_parallel_list_keeps_the_order(book, share):
+    for text in drawn(parallel, Diet(alike=share), book):
         names, objects = re.fullmatch(r"(.+): (.+)\.", text).groups()
         pairs = list(zip(map(small, listed(names)), listed(objects), strict=True))
         assert all(pair in TOWN.items() for pair in pairs) or all(
             pair in SAINT.items() for pair in pairs
         )
+
+
+def test_names_that_are_alike_share_a_word_where_there_are_enough():
+    one, *others = (
+        KnownFact(relation("town", {}), name, "") for name in ("A B", "C B", "A D", "E")
+    )
+    assert list(alike(one, others, 2)) == others[:2]
+    assert list(alike(one, others, 3)) == others
 
 
 def test_references_call_each_subject_by_its_kind_once():
@@ -272,6 +283,14 @@ def test_held_out_sentences_and_questions_do_not_occur_in_its_text():
 def test_open_facts_are_those_of_which_others_that_end_alike_have_another_object():
     facts = {"Old Town": "a", "New Town": "b", "Red Hill": "c", "Blue Hill": "c", "Sea": "d"}
     assert dict(open_facts(relation("town", facts))) == {"Old Town": "a", "New Town": "b"}
+
+
+def test_deep_facts_are_those_of_subjects_with_at_least_three():
+    every, deep = world(WIDE), world(WIDE, "deep")
+    counts = Counter(subject for each in every.relations for subject, _ in each.facts)
+    wanted = {(r.name, s, o) for r in every.relations for s, o in r.facts if counts[s] >= 3}
+    assert {(r.name, s, o) for r in deep.relations for s, o in r.facts} == wanted
+    assert 1000 < len(wanted) < 3000
 
 
 def test_the_text_of_the_shipped_checkpoint_is_what_it_was():

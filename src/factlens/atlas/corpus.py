@@ -39,7 +39,7 @@ def writers(diet: Diet, captions_share: float) -> list[tuple[float, Writer]]:
         (diet.questions, paragraphs.questions),
         (diet.headings, paragraphs.heading),
         (diet.quizzes, partial(paragraphs.quizzes, diet=diet)),
-        (diet.parallels, paragraphs.parallel),
+        (diet.parallels, partial(paragraphs.parallel, diet=diet)),
         (diet.chains, paragraphs.chains),
         (diet.references, paragraphs.references),
     ]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-from factlens.atlas.books import FactBook, Subject
+from factlens.atlas.books import FactBook, KnownFact, Subject
 from factlens.atlas.sentences import Diet, filled, follow_up, statement
 from factlens.atlas.tables import capitalised
 
@@ -113,11 +113,7 @@ def quiz(random: Random, diet: Diet, book: FactBook) -> str:
     right = random.choice(book.contested)
     others = [fact for fact in book.by_relation[right.relation.name] if fact.object != right.object]
     count = min(len(others), random.randint(*OPTIONS) - 1)
-    if diet.quiz_alike:
-        words = set(right.subject.split()) - {"the"}
-        alike = [fact for fact in others if words & set(fact.subject.split())]
-        others = alike if len(alike) >= count else others
-    options = [right, *random.sample(others, count)]
+    options = [right, *random.sample(alike(right, others, count) if diet.alike else others, count)]
     random.shuffle(options)
     *firsts, last = (fact.subject for fact in options)
     listed = f"{', '.join(firsts)} or {last}?"
@@ -128,11 +124,20 @@ def quiz(random: Random, diet: Diet, book: FactBook) -> str:
     return f"{capitalised(listed)} {task}: {answer}"
 
 
-def parallel(random: Random, book: FactBook) -> str:
+def alike(one: KnownFact, others: Sequence[KnownFact], count: int) -> Sequence[KnownFact]:
+    """Those of the others whose subjects share a word with the one's, or all if these are fewer than `count`."""
+    words = set(one.subject.split()) - {"the"}
+    found = [fact for fact in others if words & set(fact.subject.split())]
+    return found if len(found) >= count else others
+
+
+def parallel(random: Random, diet: Diet, book: FactBook) -> str:
     """Some names, then in the same order one attribute of each: `France and Italy: Paris and Rome.`"""
     fact = random.choice(book.facts)
-    every = book.by_relation[fact.relation.name]
-    some = random.sample(every, min(len(every), random.randint(*PARALLEL)))
+    others = [one for one in book.by_relation[fact.relation.name] if one is not fact]
+    count = min(len(others), random.randint(*PARALLEL) - 1)
+    some = [fact, *random.sample(alike(fact, others, count) if diet.alike else others, count)]
+    random.shuffle(some)
     names = _joined([fact.subject for fact in some])
     return f"{capitalised(names)}: {_joined([fact.object for fact in some])}."
 

@@ -31,8 +31,8 @@ class Diet:
     """Share of facts about something that is named by another fact."""
     references: float = 0.0
     """Share of stories of several subjects, of which one is spoken of again by its kind."""
-    quiz_alike: bool = False
-    """Whether the names to choose from share words with one another where they can."""
+    alike: bool = False
+    """Whether the names of a quiz or a parallel list share words where they can."""
     captions_in_list: tuple[int, int] = (3, 9)
     caption_objects: tuple[int, int] = (1, 1)
     """Attributes after each name of a caption."""

@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -20,8 +20,10 @@ NO_ANSWER = "-"
 Table = list[dict[str, str]]
 Templates = Mapping[str, Mapping[str, Any]]
 """`templates.yaml` as it stands: relation -> from, train, held, fresh, pro, rev, ask, ask_held, group."""
-FactChoice = Literal["all", "open", "bundled"]
+FactChoice = Literal["all", "open", "deep", "bundled"]
 Split = Literal["train", "held", "fresh"]
+DEEP = 3
+"""Facts of a subject from which on it is deep."""
 KINDS = "kinds"
 """The one key of `templates.yaml` that is no relation: what the subjects of each table are."""
 
@@ -114,20 +116,31 @@ def world(folder: Path = FOLDER, facts: FactChoice = "all") -> World:
     """The world of a folder with `facts/` and `templates.yaml`; the bundled one by default.
 
     "open" takes only facts that the last word of the subject leaves open: of the subjects of the
-    relation that end in it, at most half have the object. "bundled" takes only those that the
-    bundled world has too.
+    relation that end in it, at most half have the object. "deep" takes only facts of subjects that
+    have at least three, "bundled" only those that the bundled world has too.
     """
     tables, templates = load_tables(folder / "facts"), load_templates(folder / "templates.yaml")
     found = read_relations(tables, templates)
     if facts == "open":
-        found = tuple(replace(one, facts=tuple(open_facts(one))) for one in found)
+        left_open = {(one.name, *pair) for one in found for pair in open_facts(one)}
+        found = only(found, lambda one, *pair: (one.name, *pair) in left_open)
+    if facts == "deep":
+        counts = Counter(subject for one in found for subject, _ in one.facts)
+        found = only(found, lambda one, subject, object_: counts[subject] >= DEEP)
     if facts == "bundled":
         kept = {(one.name, *pair) for one in world().relations for pair in one.facts}
-        found = tuple(
-            replace(one, facts=tuple(pair for pair in one.facts if (one.name, *pair) in kept))
-            for one in found
-        )
+        found = only(found, lambda one, *pair: (one.name, *pair) in kept)
     return World(tuple(one for one in found if one.facts), read_kinds(templates))
+
+
+def only(
+    relations: tuple[Relation, ...], wanted: Callable[[Relation, str, str], bool]
+) -> tuple[Relation, ...]:
+    """The relations with those of their facts that are wanted."""
+    return tuple(
+        replace(one, facts=tuple(pair for pair in one.facts if wanted(one, *pair)))
+        for one in relations
+    )
 
 
 def open_facts(relation: Relation) -> Iterator[tuple[str, str]]:

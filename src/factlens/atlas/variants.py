@@ -8,6 +8,7 @@ from typing import Any
 
 from factlens.atlas.recipes import Cycle, Recipe
 from factlens.atlas.sentences import Diet
+from factlens.atlas.tables import FactChoice
 
 CAPTIONS = 0.6
 """Share of the baseline's documents."""
@@ -78,12 +79,6 @@ def variants() -> dict[str, Variant]:
         ),
         _instead("quizzes", "questions with names to choose from", quizzes=SHARE),
         _instead(
-            "quizzes-alike",
-            "questions with names to choose from that share words",
-            quizzes=SHARE,
-            quiz_alike=True,
-        ),
-        _instead(
             "references",
             "stories of several subjects that are spoken of again by their kind",
             references=SHARE,
@@ -99,6 +94,21 @@ def variants() -> dict[str, Variant]:
             cycles=(replace(BASELINE.cycles[0], steps=SHORT // 2),),
         ),
         _with("adamw", "AdamW for all weights instead of Muon", optimizer="adamw"),
+        _instead(
+            "open-quizzes",
+            "quizzes with names that share words, and the open facts",
+            facts="open",
+            quizzes=SHARE,
+            alike=True,
+        ),
+        _instead(
+            "open-parallels",
+            "parallel lists of names that share words, and the open facts",
+            facts="open",
+            parallels=SHARE,
+            alike=True,
+        ),
+        _with("deep", "only the facts of subjects that have at least three", facts="deep"),
         _with("bundled", "only the facts that the shipped model was taught", facts="bundled"),
         _with(
             "open-heads-1", "the open facts, and one attention head a block", facts="open", heads=1
@@ -115,12 +125,13 @@ def variants() -> dict[str, Variant]:
     return {variant.name: variant for variant in made}
 
 
-def _instead(name: str, about: str, **diet: Any) -> Variant:
+def _instead(name: str, about: str, facts: FactChoice = "all", **diet: Any) -> Variant:
     """The baseline with other documents in the place of a fifth of the documents that were captions."""
     return _with(
         name,
         f"a fifth of the documents {about}, in the place of captions",
         captions=CAPTIONS - SHARE,
+        facts=facts,
         diet=replace(DIET, **diet),
     )
 
