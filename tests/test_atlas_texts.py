@@ -262,6 +262,15 @@ def test_it_is_as_large_as_it_should_be():
         assert each.headings, each.name
 
 
+def test_it_has_what_the_shipped_model_was_taught_but_for_what_was_taken_out():
+    bundled, wide = (
+        {(each.name, *pair) for each in of.relations for pair in each.facts}
+        for of in (world(), world(WIDE))
+    )
+    assert len(bundled - wide) == 23
+    assert ("landmark_city", "the Space Needle", "Seattle") in wide
+
+
 def test_a_capital_is_a_city_and_not_a_country():
     tables = table_of_subjects(WIDE)
     assert tables["Paramaribo"] == "cities"

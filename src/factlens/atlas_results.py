@@ -167,13 +167,13 @@ def figure(found: Sequence[Result]) -> "go.Figure":
         place = {"row": number // ACROSS + 1, "col": number % ACROSS + 1}
         for trace in _curves(one["site"], legend=number == 0):
             panels.add_trace(trace, **place)
-    panels.update_xaxes(title_text="layer", dtick=2)
+    panels.update_xaxes(dtick=2)
     panels.update_layout(
         width=PANEL[0] * min(ACROSS, len(found)) + 120,
         height=PANEL[1] * rows + 120,
         template="plotly_white",
-        legend={"orientation": "h", "y": -0.12 / rows},
-        title="Indirect effect at the last subject token (share of probability)",
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1 + 0.3 / rows},
+        title="Indirect effect at the last subject token, by layer",
     )
     return panels
 

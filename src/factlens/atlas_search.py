@@ -215,11 +215,13 @@ def collect(
     out: Out = OUT,
     to: Annotated[Path, typer.Option(help="File of results, one a line.")] = RESULTS,
 ) -> None:
-    """Put finished trainings into the file of results; one that stands there already is replaced."""
+    """Put finished trainings into the file of results, in the order of the variants; an older result of one of them is replaced."""
     with clear_errors():
         found = list(read_results(to)) if to.exists() else []
-        for path in sorted(out.glob(f"*/{RESULT}"), key=lambda path: path.stat().st_mtime):
+        for path in sorted(out.glob(f"*/{RESULT}")):
             found += read_results(path)
+        places = {name: place for place, name in enumerate(variants())}
+        found.sort(key=lambda row: (places.get(row["variant"], len(places)), row["seed"]))
         write_results(to, found)
         console().print(str(to), markup=False)
 
