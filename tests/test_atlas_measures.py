@@ -13,7 +13,6 @@ from factlens.atlas_measures import (
     KINDS_OF_TABLES,
     asked_facts,
     described,
-    edits_by_layer,
     groups,
     measured,
 )
@@ -52,12 +51,15 @@ def test_facts_are_asked_once_each_of_all_relations_in_sentences_of_both_orders(
 
 def test_everything_is_measured_of_a_checkpoint(monkeypatch):
     monkeypatch.setattr(atlas_measures, "STATEMENTS", 200)
-    found = measured(CHECKPOINT, RECIPE, n=16, records=1)
+    found = measured(CHECKPOINT, RECIPE, n=16, records=2)
     assert found["known"]["train"] > 0.95 > found["known"]["fresh"]
     assert found["known"]["questions"] is None  # the shipped tables have none
     assert found["site"]["asked"] == 16
     assert [row["layer"] for row in found["rome"]] == list(range(8))
     assert set(found["rome"][0]) == set(COLUMNS)
+    # The first layer takes edits, and the last, where nothing can carry them on, does not.
+    assert found["rome"][0]["ES"] == 100.0
+    assert found["rome"][7]["ES"] == 0.0
 
 
 def test_the_numbers_are_those_of_averaged_effects(found):
@@ -100,12 +102,3 @@ def test_a_fact_is_open_where_others_that_end_alike_have_other_objects(atlas):
         said.update(settled)
     assert said[SETTLED] > 100
     assert said[OPEN] > 20
-
-
-def test_edits_are_measured_at_every_layer_asked(atlas):
-    swept = edits_by_layer(atlas, RECIPE, n=3, layers=[0, 7]).set_index("layer")
-    assert set(swept.index) == {0, 7}
-    assert set(swept["n"]) == {3}
-    # The first layer takes edits, and the last, where nothing can carry them on, does not.
-    assert swept.loc[0, "ES"] > 60
-    assert swept.loc[7, "ES"] < 40
