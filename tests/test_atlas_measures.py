@@ -49,12 +49,18 @@ def test_facts_are_asked_once_each_of_all_relations_in_sentences_of_both_orders(
         assert {fact.relation for fact in asked} == {each.name for each in world().relations}
 
 
+def test_more_facts_than_there_are_are_all_of_them():
+    assert len(set(asked_facts(world(), 10**6))) == sum(len(r.facts) for r in world().relations)
+
+
 def test_everything_is_measured_of_a_checkpoint(monkeypatch):
     monkeypatch.setattr(atlas_measures, "STATEMENTS", 200)
-    found = measured(CHECKPOINT, RECIPE, n=16, records=2)
+    found = measured(CHECKPOINT, RECIPE, n=60, records=2)
     assert found["known"]["train"] > 0.95 > found["known"]["fresh"]
     assert found["known"]["questions"] is None  # the shipped tables have none
-    assert found["site"]["asked"] == 16
+    assert found["site"]["asked"] == 60
+    assert found["open"]["asked"] == 30
+    assert found["open"]["groups"].keys() <= {OPEN, *KINDS_OF_TABLES.values()}
     assert [row["layer"] for row in found["rome"]] == list(range(8))
     assert set(found["rome"][0]) == set(COLUMNS)
     # The first layer takes edits, and the last, where nothing can carry them on, does not.

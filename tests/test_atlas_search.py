@@ -244,6 +244,16 @@ def test_missing_scores_are_no_obstacle():
     assert len(shown(table([{**RESULT, "rome": nothing}]))) == 1
 
 
+def test_open_facts_that_were_traced_by_themselves_count_before_their_group():
+    traced = {**RESULT, "open": {"beyond_at_peak": [0.21, 0.2, 0.22]}}
+    assert list(table([RESULT, traced])["open"]) == [0.33, 0.21]
+
+
+def test_a_training_that_knows_too_little_is_left_out_of_table_and_figure():
+    assert len(table([RESULT, {**RESULT, "site": None}])) == 1
+    assert len(figure([RESULT, {**RESULT, "site": None}]).data) == 4
+
+
 def test_readers_see_the_interval_and_the_layers():
     (row,) = shown(table([RESULT])).to_dict("records")
     assert row["beyond emb (95 %)"] == "+0.300 (+0.200 to +0.350)"

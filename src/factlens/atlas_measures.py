@@ -20,13 +20,14 @@ from factlens.atlas.recipes import Recipe
 from factlens.atlas.tables import Statement, World, state, statements
 from factlens.atlas_results import OPEN, SETTLED
 from factlens.benchmarks.atlas_counterfact import counterfact, others_of
+from factlens.corruption import noise_level
 from factlens.editors.rome import rome
 from factlens.effects import average_total_effects
 from factlens.facts import Fact
 from factlens.intervals import mean_interval
 from factlens.key_passes import d_mlp
 from factlens.key_statistics import gather
-from factlens.knowledge import known_facts
+from factlens.knowledge import ask
 from factlens.models import Model, load_model, n_layers
 from factlens.patches import EMBEDDING
 from factlens.plans import KINDS
@@ -43,6 +44,8 @@ ROLES = ("last subject", "last")
 GroupsOf = Callable[[Fact], Sequence[str]]
 FEWEST_FACTS = 20
 """Of a group, or it is left out."""
+SUBJECTS = 240
+"""Over whose embeddings the noise level is measured, whichever facts are traced."""
 HALF = 0.5
 """Of the subjects that end in one token; a fact whose object no more of them have is open."""
 CLAMP = 3.0
@@ -77,7 +80,8 @@ KEYS = 20
 def asked_facts(of: World, n: int) -> list[Fact]:
     """`n` facts, evenly over the tables, each in one held-out sentence of its relation; the sentences come in turn."""
     every = [(relation, *pair) for relation in of.relations for pair in relation.facts]
-    chosen = [every[number * len(every) // n] for number in range(min(n, len(every)))]
+    count = min(n, len(every))
+    chosen = [every[number * len(every) // count] for number in range(count)]
     asked = []
     for number, (relation, subject, object_) in enumerate(chosen):
         template = relation.held[number % len(relation.held)]
@@ -87,19 +91,25 @@ def asked_facts(of: World, n: int) -> list[Fact]:
     return asked
 
 
-def effects_by_layer(model: Model, recipe: Recipe, n: int = 240) -> dict[str, Any]:
+def effects_by_layer(
+    model: Model, recipe: Recipe, asked: Sequence[Fact], groups_of: GroupsOf
+) -> dict[str, Any] | None:
     """Where the model's facts are found: effects of single states, MLP and attention windows by layer.
 
-    Every number is a share of probability, over known facts, 3 sigma of their subjects' embeddings, 10 samples. `beyond` is the
+    None if it knows fewer than `FEWEST_FACTS` of those asked. Every number is a share of probability, over known facts, 3 sigma of their subjects' embeddings, 10 samples. `beyond` is the
     effect of a block's state at the last subject token minus that of its embedding, paired within facts, with 95 % intervals.
     """
-    facts = known_facts(model, asked_facts(recipe.world, n))
-    options: dict[str, Any] = {"noise_level": "facts", "samples": 10}
+    facts = ask(model, asked).facts
+    if len(facts) < FEWEST_FACTS:
+        return None
+    subjects = [fact.subject for fact in asked_facts(recipe.world, SUBJECTS)]
+    level = noise_level(model, "facts", subjects).value
+    options: dict[str, Any] = {"noise_level": level, "samples": 10}
     main = trace(model, facts, kinds=KINDS, window=WINDOW, roles=ROLES, **options)
     cut = trace(
         model, facts, kinds="state", severed=("mlp", "attn"), roles="last subject", **options
     )
-    return {**described(main, cut, groups(model, recipe)), "asked": n}
+    return {**described(main, cut, groups_of), "asked": len(asked)}
 
 
 def groups(model: Model, recipe: Recipe) -> GroupsOf:
@@ -210,16 +220,20 @@ def _three(mean: float, low: float, high: float) -> list[float]:
 def measured(folder: Path, recipe: Recipe, *, n: int = 240, records: int = 24) -> dict[str, Any]:
     """Everything that is measured of the checkpoint in `folder`: what it knows, where, and how well it is edited.
 
-    Raises:
-        FactError: it knows none of the facts asked.
+    `open` is `site` over open facts alone, half as many; either is None where too few of them are known.
     """
     checkpoint = read_checkpoint(folder)
     model = load_model(folder)
+    groups_of = groups(model, recipe)
+    every = asked_facts(recipe.world, sum(len(each.facts) for each in recipe.world.relations))
+    left_open = [fact for fact in every if OPEN in groups_of(fact)]
+    left_open = left_open[:: max(1, 2 * len(left_open) // n)][: n // 2]
     edited = edits_by_layer(model, recipe, n=records)[[*COLUMNS]].sort_values("layer")
     return {
         "known": {name: _share_known(checkpoint, asked) for name, asked in _asked(recipe.world)},
         "tokens_of_subjects": token_shares(checkpoint.tokenizer, recipe.book),
-        "site": effects_by_layer(model, recipe, n),
+        "site": effects_by_layer(model, recipe, asked_facts(recipe.world, n), groups_of),
+        "open": effects_by_layer(model, recipe, left_open, groups_of),
         "rome": json.loads(edited.round(2).to_json(orient="records")),
     }
 

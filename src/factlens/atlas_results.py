@@ -57,16 +57,16 @@ def write_results(path: Path, found: Sequence[Result]) -> None:
 
 
 def table(found: Sequence[Result]) -> pd.DataFrame:
-    """One row for each training; effects are shares of probability, at the last subject token unless they say "late".
+    """One row for each training that knows enough to be traced; effects are shares of probability, at the last subject token unless they say "late".
 
     Columns: `variant, seed, tokens` (millions), `minutes, train, held` (statements known), `ATE`, then of the single state
     whose effect is largest: `site` (its effect), `layer`, `embedding` (the embedding's own effect); `beyond` (the largest effect of a
     state minus the embedding's, chosen on one half of the facts and measured on the other), `beyond_low`, `beyond_high`, `open`
-    (the same over facts that the subject's last token does not settle: at most half of the subjects with it have the object), `mlp`, `attention` (the largest window of each),
+    (the same over open facts, those that the subject's last token does not settle: at most half of the subjects with it have the object), `mlp`, `attention` (the largest window of each),
     `mlp_cut`, `attention_cut` (the share of the effect at `layer` that severing takes away), `late` (largest attention window at the last
     token), and ROME at its best layer: `S, edit_layer, retention`.
     """
-    frame = pd.DataFrame([_row(one) for one in found])
+    frame = pd.DataFrame([_row(one) for one in found if one["site"]])
     return frame.astype({"S": float, "retention": float})
 
 
@@ -75,7 +75,7 @@ def _row(one: Result) -> dict[str, Any]:
     means = [mean for mean, _, _ in site["state"]]
     layer = max(range(len(means)), key=means.__getitem__)
     nothing = {"beyond_at_peak": [float("nan")]}
-    open_facts = site["groups"].get(OPEN, nothing)["beyond_at_peak"]
+    open_facts = one.get("open") or site["groups"].get(OPEN, nothing)
     best = max(one["rome"], key=lambda row: (row["S"] or 0.0, row["retention"] or 0.0))
     return {
         "variant": one["variant"],
@@ -91,7 +91,7 @@ def _row(one: Result) -> dict[str, Any]:
         "beyond": site["beyond_at_peak"][0],
         "beyond_low": site["beyond_at_peak"][1],
         "beyond_high": site["beyond_at_peak"][2],
-        "open": open_facts[0],
+        "open": open_facts["beyond_at_peak"][0],
         "mlp": _largest(site["mlp"]),
         "attention": _largest(site["attention"]),
         "mlp_cut": 1 - site["mlps_severed"][layer][0] / means[layer],
@@ -149,11 +149,12 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(found: Sequence[Result]) -> "go.Figure":
-    """A panel for each training: effects at the last subject token by layer, ordinary and severed, and the embedding's."""
+    """A panel for each training that could be traced: effects at the last subject token by layer, ordinary and severed, and the embedding's."""
     from plotly.subplots import make_subplots
 
     from factlens.styles import escape
 
+    found = [one for one in found if one["site"]]
     rows = -(-len(found) // ACROSS)
     panels = make_subplots(
         rows=rows,
