@@ -156,6 +156,16 @@ def test_more_documents_than_all_are_refused():
         replace(TINY, diet=Diet(biographies=0.05, reversed=0.3))
 
 
+def test_a_place_that_cannot_be_written_is_one_line(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = invoke("run", "--only", "small", "--out", tmp_path / "file")
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    (tmp_path / "small-seed-0").write_text("")
+    done = invoke("run", "--only", "small", "--out", tmp_path)
+    assert done.exit_code == 2
+    assert done.stderr.strip() == f"factlens: cannot write {tmp_path}/small-seed-0: File exists"
+
+
 def test_a_training_in_a_process_of_its_own_leaves_its_error_in_a_log(tmp_path):
     code, log = atlas_search._in_process(tmp_path, ("no such variant", 0, None), 1)
     assert code == 2
@@ -235,6 +245,7 @@ def test_the_table_reads_each_number_where_it_should():
 def test_a_training_without_facts_that_are_open_has_no_such_number():
     without = {**RESULT, "site": {**RESULT["site"], "groups": {}}}
     assert table([without])["open"].isna().all()
+    assert list(shown(table([without]))["not settled by the last token"]) == [""]
 
 
 def test_missing_scores_are_no_obstacle():

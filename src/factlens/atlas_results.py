@@ -129,7 +129,9 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
                 f"{row.beyond:+.3f} ({row.beyond_low:+.3f} to {row.beyond_high:+.3f})"
                 for row in found.itertuples()
             ],
-            "not settled by the last token": found["open"].map("{:+.3f}".format),
+            "not settled by the last token": found["open"]
+            .map("{:+.3f}".format)
+            .replace("+nan", ""),
             "MLP / attention": [
                 f"{mlp:.3f} / {attention:.3f}"
                 for mlp, attention in zip(found["mlp"], found["attention"], strict=True)

@@ -22,7 +22,7 @@ from factlens.atlas.recipes import Recipe, shortened
 from factlens.atlas.variants import variants
 from factlens.atlas_results import read_results, write_results
 from factlens.commands.shared import check_writable, clear_errors
-from factlens.errors import PlanError, RunError
+from factlens.errors import OutputError, PlanError, RunError
 from factlens.store import locked
 from factlens.terminal import console, print_markdown, progress
 
@@ -106,14 +106,19 @@ def _in_process(out: Path, plan: Plan, threads: int) -> tuple[int, Path]:
     """One training in a process of its own: threads of two trainings in one would wait for each other."""
     name, seed, steps = plan
     folder = folder_of(out, *plan)
-    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "factlens.atlas_search", "one", name, "--seed", str(seed)]
     command += ["--threads", str(threads), "--out", str(out)]
     command += [] if steps is None else ["--steps", str(steps)]
     environment = {**KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads)}
     log = folder / "log.txt"
-    with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}") from None
     _PROCESSES.append(process)
     try:
         return process.wait(), log
