@@ -100,7 +100,7 @@ def test_one_training_writes_its_result(tiny, tmp_path):
 def test_what_is_finished_is_not_run_again_and_what_failed_is_said(tiny, tmp_path, monkeypatch):
     ran = []
 
-    def pretend(out, plan, threads):
+    def pretend(out, plan, threads, at_work):
         ran.append(plan[0])
         return (0 if plan[0] == "small" else 1), tmp_path / "log.txt"
 
@@ -125,7 +125,7 @@ def test_a_training_on_another_text_is_not_taken_for_this_one(tiny, tmp_path):
 def test_an_interruption_begins_no_further_training(tiny, tmp_path, monkeypatch):
     begun = []
 
-    def interrupted(out, plan, threads):
+    def interrupted(out, plan, threads, at_work):
         begun.append(plan)
         raise KeyboardInterrupt
 
@@ -167,7 +167,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tiny, tmp_path):
 
 
 def test_a_training_in_a_process_of_its_own_leaves_its_error_in_a_log(tmp_path):
-    code, log = atlas_search._in_process(tmp_path, ("no such variant", 0, None), 1)
+    code, log = atlas_search._in_process(tmp_path, ("no such variant", 0, None), 1, [])
     assert code == 2
     assert "no variant 'no such variant'; there are baseline, heads-1" in log.read_text()
 

@@ -80,9 +80,10 @@ def _run_all(
 ) -> dict[str, Path]:
     """Run what is waiting; the logs of those that failed. An interruption stops those at work and begins no other."""
     failed, before = {}, len(plans) - len(waiting)
+    at_work: list[subprocess.Popen] = []
     with ThreadPoolExecutor(at_once) as pool, progress("trainings") as tell:
         tell(before, len(plans), "")
-        running = {pool.submit(_in_process, out, plan, threads): plan for plan in waiting}
+        running = {pool.submit(_in_process, out, plan, threads, at_work): plan for plan in waiting}
         try:
             for done, future in enumerate(as_completed(running), start=before + 1):
                 code, log = future.result()
@@ -92,18 +93,19 @@ def _run_all(
                 tell(done, len(plans), name)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in _PROCESSES:
+            for process in at_work:
                 process.terminate()
             raise
     return failed
 
 
-_PROCESSES: list[subprocess.Popen] = []
-"""Those at work, so that an interruption can end them."""
+def _in_process(
+    out: Path, plan: Plan, threads: int, at_work: list[subprocess.Popen]
+) -> tuple[int, Path]:
+    """One training in a process of its own: threads of two trainings in one would wait for each other.
 
-
-def _in_process(out: Path, plan: Plan, threads: int) -> tuple[int, Path]:
-    """One training in a process of its own: threads of two trainings in one would wait for each other."""
+    The process stands in `at_work` while it runs, so that an interruption can end it.
+    """
     name, seed, steps = plan
     folder = folder_of(out, *plan)
     command = [sys.executable, "-m", "factlens.atlas_search", "one", name, "--seed", str(seed)]
@@ -119,11 +121,11 @@ def _in_process(out: Path, plan: Plan, threads: int) -> tuple[int, Path]:
             )
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}") from None
-    _PROCESSES.append(process)
+    at_work.append(process)
     try:
         return process.wait(), log
     finally:
-        _PROCESSES.remove(process)
+        at_work.remove(process)
 
 
 @app.command()

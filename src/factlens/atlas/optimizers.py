@@ -1,8 +1,8 @@
 """The optimizers of a training, taken as one: AdamW, or Muon for the blocks' matrices beside it.
 
 Muon (Jordan et al., 2024) makes every update of a matrix nearly orthogonal, so that rare directions
-move as far as common ones. Facts that are seldom seen are such directions: after 1.5 million tokens
-it had learnt three times as many as AdamW (docs/atlas.md).
+move as far as common ones. Facts that are seldom seen are such directions: after 2.6 million
+tokens the baseline knew 69 % of its statements, and with AdamW alone 21 % (docs/atlas.md).
 """
 
 from collections.abc import Iterator, Sequence
