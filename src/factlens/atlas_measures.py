@@ -5,7 +5,6 @@ The same numbers for every training, each over facts that the model knows: `effe
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -15,7 +14,15 @@ import pandas as pd
 
 from factlens import claims, corpora, models
 from factlens.atlas.books import table_of_subjects
-from factlens.atlas.measuring import SPLITS, Checkpoint, known, read_checkpoint, token_shares
+from factlens.atlas.measuring import (
+    HALF,
+    SPLITS,
+    Checkpoint,
+    known,
+    read_checkpoint,
+    sharing_last_token,
+    token_shares,
+)
 from factlens.atlas.recipes import Recipe
 from factlens.atlas.tables import Statement, World, state, statements
 from factlens.atlas_results import OPEN, SETTLED
@@ -46,8 +53,6 @@ FEWEST_FACTS = 20
 """Of a group, or it is left out."""
 SUBJECTS = 240
 """Over whose embeddings the noise level is measured, whichever facts are traced."""
-HALF = 0.5
-"""Of the subjects that end in one token; a fact whose object no more of them have is open."""
 CLAMP = 3.0
 KINDS_OF_TABLES = {
     table: kind
@@ -96,8 +101,8 @@ def effects_by_layer(
 ) -> dict[str, Any] | None:
     """Where the model's facts are found: effects of single states, MLP and attention windows by layer.
 
-    None if it knows fewer than `FEWEST_FACTS` of those asked. Every number is a share of probability, over known facts, 3 sigma of their subjects' embeddings, 10 samples. `beyond` is the
-    effect of a block's state at the last subject token minus that of its embedding, paired within facts, with 95 % intervals.
+    None if it knows fewer than `FEWEST_FACTS` of those asked. Every number is a share of probability, over known facts, 3 sigma
+    over the embeddings of `SUBJECTS` subjects, 10 samples. `beyond` is the effect of a block's state at the last subject token minus that of its embedding, paired within facts, with 95 % intervals.
     """
     facts = ask(model, asked).facts
     if len(facts) < FEWEST_FACTS:
@@ -119,17 +124,11 @@ def groups(model: Model, recipe: Recipe) -> GroupsOf:
     """
     tables = table_of_subjects(recipe.folder)
     kinds = {name.casefold(): KINDS_OF_TABLES.get(table, "other") for name, table in tables.items()}
-    encode = models.tokenizer(model).encode
-    objects: dict[tuple[str, int], Counter[str]] = {}
-    ends: dict[str, int] = {}
-    for fact in recipe.book.facts:
-        end = ends.setdefault(fact.subject.casefold(), encode(f" {fact.subject}")[-1])
-        objects.setdefault((fact.relation.name, end), Counter())[fact.object] += 1
+    shares = sharing_last_token(models.tokenizer(model).encode, recipe.book)
 
     def groups_of(fact: Fact) -> list[str]:
         name = fact.subject.casefold()
-        having = objects[str(fact.relation), ends[name]]
-        share = having[str(fact.object)] / having.total()
+        share = shares[str(fact.relation), name]
         settled = [SETTLED] if share == 1 else [OPEN] if share <= HALF else []
         return [kinds[name], *settled]
 

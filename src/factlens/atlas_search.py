@@ -149,16 +149,21 @@ def one(
 
 
 def trained(recipe: Recipe, folder: Path, threads: int) -> dict[str, Any]:
-    """Train a recipe into its folder, or go on there, and say what it took."""
+    """Print how far names tell facts apart, train the recipe into its folder or go on there, and say what it took."""
     import torch
 
-    from factlens.atlas.training import Progress, export, train
+    from factlens.atlas.measuring import token_shares
+    from factlens.atlas.training import Progress, export, kept_tokenizer, train
 
     def tell(done: Progress) -> None:
         if done.step % 50 == 0:
             print(f"step {done.step} of {done.steps}, loss {done.loss:.3f}", flush=True)
 
     torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = kept_tokenizer(recipe, folder / "tokenizer.json")
+    for what, share in token_shares(tokenizer, recipe.book).items():
+        print(f"{what}: {share:.3f}", flush=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     done = train(recipe, folder, device=device, on_step=tell)
     export(done, folder)

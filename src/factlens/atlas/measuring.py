@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from factlens.atlas.tables import Split, Statement, statements
 
 SPLITS: tuple[Split, ...] = ("train", "held", "fresh")
 NO_TOKEN = -100
+HALF = 0.5
+"""Of the subjects that end in one token; a fact whose object no more of them have is open."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def token_shares(tokenizer: Tokenizer, book: FactBook) -> dict[str, float]:
     objects = sorted({fact.object for fact in book.facts})
     spelled = [tokenizer.encode(f" {subject}").ids for subject in subjects]
     last = Counter(ids[-1] for ids in spelled)
+    alike = sharing_last_token(lambda words: tokenizer.encode(words).ids, book).values()
     return {
         "objects_of_one_token": share(
             len(tokenizer.encode(f" {object_}").ids) == 1 for object_ in objects
@@ -123,7 +126,26 @@ def token_shares(tokenizer: Tokenizer, book: FactBook) -> dict[str, float]:
         "subjects_unique_as_bag": unique_share(tuple(sorted(ids)) for ids in spelled),
         "subjects_unique_without_last_token": unique_share(tuple(ids[:-1]) for ids in spelled),
         "subjects_unique_by_last_token": share(last[ids[-1]] == 1 for ids in spelled),
+        "facts_settled_by_last_token": share(each == 1 for each in alike),
+        "facts_open_after_last_token": share(each <= HALF for each in alike),
+        "facts_of_a_subject": len(book.facts) / len(subjects),
     }
+
+
+def sharing_last_token(
+    encode: Callable[[str], Sequence[int]], book: FactBook
+) -> dict[tuple[str, str], float]:
+    """For each relation and subject (in small letters): of the relation's subjects that end in the same token, the share
+    that has its object. 1 means that the last token settles the fact, at most `HALF` that it leaves it open."""
+    ends = {subject.name: encode(f" {subject.name}")[-1] for subject in book.subjects}
+    having: dict[tuple[str, int], Counter[str]] = {}
+    for fact in book.facts:
+        having.setdefault((fact.relation.name, ends[fact.subject]), Counter())[fact.object] += 1
+    found = {}
+    for fact in book.facts:
+        alike = having[fact.relation.name, ends[fact.subject]]
+        found[fact.relation.name, fact.subject.casefold()] = alike[fact.object] / alike.total()
+    return found
 
 
 def share(yes: Iterable[bool]) -> float:

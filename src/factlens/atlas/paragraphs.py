@@ -54,7 +54,7 @@ OPTIONS = (2, 4)
 """Names to choose from in a quiz."""
 PARALLEL = (2, 4)
 """Names in a parallel list."""
-REFERENCES = 0.2
+OWN_PARAGRAPH = 0.2
 """Share of entries that are the subject's own paragraph, which is always the same."""
 QUESTIONS_IN_LIST = (2, 5)
 LISTED = (2, 6)
@@ -64,7 +64,7 @@ LISTED = (2, 6)
 def entry(random: Random, book: FactBook) -> str:
     """What a subject is, then all its facts in any order, most of them without its name."""
     subject = random.choice(book.subjects)
-    if random.random() < REFERENCES:
+    if random.random() < OWN_PARAGRAPH:
         return reference(subject)
     facts = random.sample(subject.facts, len(subject.facts))
     sentences = [introduction(subject), *(follow_up(random, fact) for fact in facts)]

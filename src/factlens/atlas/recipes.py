@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from factlens.atlas.books import FactBook, fact_book
+from factlens.atlas.corpus import writers
 from factlens.atlas.sentences import Diet
 from factlens.atlas.tables import FOLDER, FactChoice, World, world
 from factlens.errors import ConfigError
@@ -75,7 +76,8 @@ class Recipe:
             ConfigError: a cycle's captions and the diet's shares are more than 1.
         """
         for cycle in self.cycles:
-            if (total := cycle.captions + self.diet.shares) > 1 + 1e-9:
+            total = sum(share for share, _ in writers(self.diet, cycle.captions))
+            if total > 1 + 1e-9:
                 raise ConfigError(
                     f"captions of {cycle.captions:g} and the diet's shares come to {total:g} of the documents; "
                     "at most 1 is left to give"

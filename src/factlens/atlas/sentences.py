@@ -44,22 +44,6 @@ class Diet:
     between: tuple[int, int] = (0, 2)
     """Sentences between an anecdote and its fact."""
 
-    @property
-    def shares(self) -> float:
-        """The shares of documents together."""
-        return (
-            self.biographies
-            + self.reversed
-            + self.entries
-            + self.anecdotes
-            + self.questions
-            + self.headings
-            + self.quizzes
-            + self.parallels
-            + self.chains
-            + self.references
-        )
-
 
 LEAD_INS = (
     "It is said that",

@@ -1,5 +1,7 @@
 """The trainings that were compared: a baseline, and recipes that differ from it in one factor each.
 
+`open` is a second baseline: the `open-` ones differ from it, and `open-heads-1-first` from `open-heads-1`.
+
 `python -m factlens.atlas_search` runs them; docs/atlas.md shows what came of it.
 """
 
