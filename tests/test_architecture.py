@@ -14,9 +14,10 @@ import factlens
 
 SOURCE = Path(factlens.__file__).parent
 LAYERS = [
-    ["cli", "panels", "scaling", "edit_benchmark", "atlas_search"],
+    ["cli", "panels", "scaling", "edit_benchmark", "atlas_search", "atlas_release"],
     ["atlas_measures"],
     ["atlas_results"],
+    ["atlas_blocks"],
     ["benchmark"],
     [
         "commands.tracing",

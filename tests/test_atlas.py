@@ -16,7 +16,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from factlens.atlas import CHECKPOINT, Statement, relations, statements
+from factlens.atlas import CHECKPOINT, Statement, relations, statements, training
 from factlens.atlas.card import card
 from factlens.atlas.checks import problems
 from factlens.atlas.corpus import documents
@@ -24,7 +24,7 @@ from factlens.atlas.measuring import continuation, known, read_checkpoint
 from factlens.atlas.recipes import Cycle, Recipe, learning_rate
 from factlens.atlas.sentences import Diet
 from factlens.atlas.tables import capitalised, load_tables, load_templates
-from factlens.atlas.training import STATE, Progress, export, train
+from factlens.atlas.training import STATE, Progress, batch, export, train
 
 LARGEST_CHECKPOINT = 10_000_000
 SAMPLED_STATEMENTS = 600
@@ -286,6 +286,42 @@ def test_a_killed_training_goes_on_to_the_very_same_weights(uninterrupted, tmp_p
     assert expected.keys() == reached.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, reached[name]), name
+
+
+def test_a_killed_grown_training_goes_on_to_the_very_same_weights(tmp_path):
+    grown = replace(TINY, layers=3, first_layers=1, grow_after=6)
+    train(grown, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(grown, tmp_path / "killed", on_step=kill_after(5))
+    train(grown, tmp_path / "killed")
+    expected, reached = state(tmp_path / "whole"), state(tmp_path / "killed")
+    assert all(torch.equal(tensor, reached[name]) for name, tensor in expected.items())
+
+
+def test_a_grown_training_runs_its_first_blocks_and_then_all(tmp_path):
+    grown = replace(TINY, layers=3, first_layers=1, grow_after=4)
+    learnt = {}
+    for steps in (4, 10):
+        cycles = (Cycle(steps=steps, learning_rate=2e-3, captions=0.75),)
+        done = train(replace(grown, cycles=cycles), tmp_path / str(steps))
+        assert len(done.model.transformer.h) == 3
+        learnt[steps] = [
+            bool(block.mlp.c_proj.weight.detach().abs().sum() > 0)
+            for block in done.model.transformer.h
+        ]
+    assert learnt == {4: [True, False, False], 10: [True, True, True]}
+
+
+def test_what_last_words_settle_can_come_first(monkeypatch, tmp_path):
+    books = []
+    monkeypatch.setattr(
+        training,
+        "batch",
+        lambda recipe, book, *rest: books.append(book) or batch(recipe, book, *rest),
+    )
+    recipe = replace(TINY, settled_first=3)
+    train(recipe, tmp_path)
+    assert books == [recipe.settled_book] * 3 + [recipe.book] * 7
 
 
 def test_another_seed_gives_other_weights(uninterrupted, tmp_path):

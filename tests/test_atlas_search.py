@@ -169,7 +169,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tiny, tmp_path):
 def test_a_training_in_a_process_of_its_own_leaves_its_error_in_a_log(tmp_path):
     code, log = atlas_search._in_process(tmp_path, ("no such variant", 0, None), 1, [])
     assert code == 2
-    assert "no variant 'no such variant'; there are baseline, heads-1" in log.read_text()
+    assert "no variant 'no such variant'; there are baseline, names" in log.read_text()
 
 
 def test_an_unknown_variant_is_one_line(tiny, tmp_path):

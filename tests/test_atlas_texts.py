@@ -10,7 +10,14 @@ from random import Random
 import pytest
 from builders import occurs
 
-from factlens.atlas.books import FactBook, KnownFact, arranged, fact_book, table_of_subjects
+from factlens.atlas.books import (
+    FactBook,
+    KnownFact,
+    arranged,
+    fact_book,
+    settled_book,
+    table_of_subjects,
+)
 from factlens.atlas.checks import problems
 from factlens.atlas.corpus import documents
 from factlens.atlas.paragraphs import (
@@ -36,11 +43,14 @@ from factlens.atlas.tables import (
     load_tables,
     load_templates,
     open_facts,
+    pairs,
+    settled_facts,
     world,
 )
 from factlens.atlas.variants import BASELINE, variants
+from factlens.errors import ConfigError
 
-WIDE = FOLDER / "wide"
+NEXT = FOLDER / "next"
 DRAWS = 300
 SHIPPED_TEXT = "6500f50d6911e2937aeaa8d49855898d7d07da919d175db698073b71e4478c63"
 """sha256 of 3 000 documents of the text of the shipped checkpoint."""
@@ -197,16 +207,16 @@ def test_captions_may_have_several_attributes(book):
         assert text in said | both
 
 
-# --- the larger world -------------------------------------------------------------------------
+# --- the next world --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def wide_files():
-    return load_tables(WIDE / "facts"), load_templates(WIDE / "templates.yaml")
+def next_files():
+    return load_tables(NEXT / "facts"), load_templates(NEXT / "templates.yaml")
 
 
-def test_the_larger_world_has_no_known_problem(wide_files):
-    assert problems(*wide_files) == []
+def test_the_next_world_has_no_known_problem(next_files):
+    assert problems(*next_files) == []
 
 
 def without_kind(tables, templates):
@@ -218,7 +228,7 @@ def answered_question(tables, templates):
 
 
 def question_of_another(tables, templates):
-    templates["lake_country"]["ask"].append(templates["river_mouth"]["ask"][0])
+    templates["river_source"]["ask"].append(templates["river_mouth"]["ask"][0])
 
 
 def heading_of_a_subject(tables, templates):
@@ -229,8 +239,8 @@ def anecdote_of_nobody(tables, templates):
     templates["kinds"]["rivers"]["anecdotes"].append("It was late.")
 
 
-def club_abroad(tables, templates):
-    row = next(row for row in tables["clubs"] if row["city"] == "London")
+def museum_abroad(tables, templates):
+    row = next(row for row in tables["museums"] if row["city"] == "London")
     row["country"] = "France"
 
 
@@ -242,46 +252,70 @@ def club_abroad(tables, templates):
         question_of_another,
         heading_of_a_subject,
         anecdote_of_nobody,
-        club_abroad,
+        museum_abroad,
     ],
     ids=lambda plant: plant.__name__,
 )
-def test_a_planted_error_is_found(plant, wide_files):
-    tables, templates = copy.deepcopy(wide_files)
+def test_a_planted_error_is_found(plant, next_files):
+    tables, templates = copy.deepcopy(next_files)
     plant(tables, templates)
     assert problems(tables, templates)
 
 
 def test_it_is_as_large_as_it_should_be():
-    wide = world(WIDE)
-    assert len(wide.relations) == 57
-    assert sum(len(each.facts) for each in wide.relations) == 6487
-    for each in wide.relations:
+    found = world(NEXT)
+    assert len(found.relations) == 114
+    assert sum(len(each.facts) for each in found.relations) == 16_995
+    for each in found.relations:
         assert each.questions, each.name
         assert each.held_questions, each.name
         assert each.headings, each.name
 
 
-def test_it_has_what_the_shipped_model_was_taught_but_for_what_was_taken_out():
-    bundled, wide = (
-        {(each.name, *pair) for each in of.relations for pair in each.facts}
-        for of in (world(), world(WIDE))
-    )
-    assert len(bundled - wide) == 23
-    assert ("landmark_city", "the Space Needle", "Seattle") in wide
-
-
 def test_a_capital_is_a_city_and_not_a_country():
-    tables = table_of_subjects(WIDE)
+    tables = table_of_subjects()
     assert tables["Paramaribo"] == "cities"
     assert tables["Suriname"] == "countries"
 
 
+def test_it_is_deep():
+    counts = Counter(subject for each in world(NEXT).relations for subject, _ in each.facts)
+    few = [name for name, count in counts.items() if count < 3]
+    assert len(few) < 0.02 * len(counts)
+    assert sum(counts.values()) > 4.5 * len(counts)
+    assert ("landmark_city", "the Space Needle", "Seattle") in {
+        (each.name, *pair) for each in world(NEXT).relations for pair in each.facts
+    }
+
+
+def test_tables_can_be_left_out():
+    every, fewer = world(NEXT), world(NEXT, ("events", "grand_slams"))
+    kept = {"events", "grand_slams"}
+    gone = {
+        (one.name, *pair)
+        for one in every.relations
+        for source in one.sources
+        if source.table in kept
+        for pair in pairs(load_tables(NEXT / "facts"), source)
+    }
+    of = [
+        {(one.name, *pair) for one in each.relations for pair in one.facts}
+        for each in (every, fewer)
+    ]
+    assert of[0] - of[1] == gone
+    assert "mens_champion" not in {one.name for one in fewer.relations}
+
+
+def test_a_table_that_is_not_there_cannot_be_left_out():
+    with pytest.raises(ConfigError, match="no table lakes; there are animals"):
+        world(NEXT, ("lakes",))
+
+
 def test_held_out_sentences_and_questions_do_not_occur_in_its_text():
-    texts = documents(1, 4000, BASELINE.diet, captions_share=0.0, book=fact_book(WIDE))
+    texts = documents(1, 4000, BASELINE.diet, captions_share=0.0, book=fact_book(NEXT))
     text = "\n".join(texts).casefold()
     taught = []
-    for each in world(WIDE).relations:
+    for each in world(NEXT).relations:
         names = {name.casefold() for name, _ in each.facts}
         for template in (*each.held, *each.held_questions):
             assert not occurs(template, text, names), template
@@ -294,12 +328,11 @@ def test_open_facts_are_those_of_which_others_that_end_alike_have_another_object
     assert dict(open_facts(relation("town", facts))) == {"Old Town": "a", "New Town": "b"}
 
 
-def test_deep_facts_are_those_of_subjects_with_at_least_three():
-    every, deep = world(WIDE), world(WIDE, "deep")
-    counts = Counter(subject for each in every.relations for subject, _ in each.facts)
-    wanted = {(r.name, s, o) for r in every.relations for s, o in r.facts if counts[s] >= 3}
-    assert {(r.name, s, o) for r in deep.relations for s, o in r.facts} == wanted
-    assert 1000 < len(wanted) < 3000
+def test_settled_facts_are_those_of_which_all_that_end_alike_have_the_object():
+    facts = {"Old Town": "a", "New Town": "b", "Red Hill": "c", "Blue Hill": "c", "Sea": "d"}
+    settled = {"Red Hill": "c", "Blue Hill": "c", "Sea": "d"}
+    assert dict(settled_facts(relation("town", facts))) == settled
+    assert {fact.subject for fact in settled_book(NEXT).facts} < set(fact_book(NEXT).by_name)
 
 
 def test_the_text_of_the_shipped_checkpoint_is_what_it_was():

@@ -121,9 +121,13 @@ def show_run(summary: Summary) -> None:
     )
 
 
+def as_markdown(table: pd.DataFrame) -> str:
+    """A frame as a Markdown table."""
+    lines = [tuple(map(str, table.columns)), *table.astype(str).itertuples(index=False)]
+    head, *rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "|---" * len(table.columns) + "|", *rows])
+
+
 def print_markdown(table: pd.DataFrame) -> None:
     """A frame as a Markdown table on standard output, for documents."""
-    print("| " + " | ".join(map(str, table.columns)) + " |")
-    print("|---" * len(table.columns) + "|")
-    for row in table.itertuples(index=False):
-        print("| " + " | ".join(str(cell) for cell in row) + " |")
+    print(as_markdown(table))

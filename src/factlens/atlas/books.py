@@ -1,18 +1,19 @@
 """The facts of a world, arranged as its texts need them: one by one, by subject, and by object."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
 from factlens.atlas.tables import (
     FOLDER,
-    FactChoice,
     Kind,
     Relation,
     World,
     load_tables,
+    only,
     pairs,
+    settled_facts,
     world,
 )
 
@@ -80,9 +81,18 @@ class FactBook:
 
 
 @cache
-def fact_book(folder: Path = FOLDER, facts: FactChoice = "all") -> FactBook:
+def fact_book(folder: Path = FOLDER, left_out: tuple[str, ...] = ()) -> FactBook:
     """The facts of the world in `folder`, in the order of the tables."""
-    return arranged(world(folder, facts), table_of_subjects(folder))
+    return arranged(world(folder, left_out), table_of_subjects(folder))
+
+
+@cache
+def settled_book(folder: Path = FOLDER, left_out: tuple[str, ...] = ()) -> FactBook:
+    """Those of `fact_book`'s facts that the last word of their subject settles."""
+    of = world(folder, left_out)
+    settled = {(one.name, *pair) for one in of.relations for pair in settled_facts(one)}
+    kept = only(of.relations, lambda one, *pair: (one.name, *pair) in settled)
+    return arranged(replace(of, relations=kept), table_of_subjects(folder))
 
 
 def arranged(of: World, tables: Mapping[str, str]) -> FactBook:

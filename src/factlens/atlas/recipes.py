@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from factlens.atlas.books import FactBook, fact_book
+from factlens.atlas.books import FactBook, fact_book, settled_book
 from factlens.atlas.corpus import writers
 from factlens.atlas.sentences import Diet
-from factlens.atlas.tables import FOLDER, FactChoice, World, world
+from factlens.atlas.tables import FOLDER, World, world
 from factlens.errors import ConfigError
 
 
@@ -28,8 +28,8 @@ class Recipe:
 
     tables: str = "."
     """Folder of the world, within this package: `facts/` and `templates.yaml`."""
-    facts: FactChoice = "all"
-    """Which of its facts."""
+    left_out: tuple[str, ...] = ()
+    """Tables of it that are not taught."""
     layers: int = 8
     heads: int = 4
     d_model: int = 128
@@ -50,6 +50,12 @@ class Recipe:
     )
     captions_first: int = 2200
     """Steps at the beginning that see captions only."""
+    settled_first: int = 0
+    """Steps at the beginning that see only facts that the last word of their subject settles."""
+    first_layers: int = 0
+    """Blocks of the beginning: the others are put on top after `grow_after` steps (progressive stacking)."""
+    grow_after: int = 0
+    """Steps that run `first_layers` blocks only; 0 runs all from the first."""
     final_learning_rate: float = 2e-5
     """What each cosine ends at."""
     warmup: int = 100
@@ -91,12 +97,17 @@ class Recipe:
     @property
     def world(self) -> World:
         """The world that is taught."""
-        return world(self.folder, self.facts)
+        return world(self.folder, self.left_out)
 
     @property
     def book(self) -> FactBook:
         """Its facts."""
-        return fact_book(self.folder, self.facts)
+        return fact_book(self.folder, self.left_out)
+
+    @property
+    def settled_book(self) -> FactBook:
+        """Those that the last word of their subject settles."""
+        return settled_book(self.folder, self.left_out)
 
     @property
     def steps(self) -> int:
@@ -127,5 +138,10 @@ def shortened(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with about `steps` steps, its parts in the same proportions."""
     factor = steps / recipe.steps
     cycles = (replace(one, steps=max(1, round(one.steps * factor))) for one in recipe.cycles)
-    first = round(recipe.captions_first * factor)
-    return replace(recipe, cycles=tuple(cycles), captions_first=first)
+    return replace(
+        recipe,
+        cycles=tuple(cycles),
+        captions_first=round(recipe.captions_first * factor),
+        settled_first=round(recipe.settled_first * factor),
+        grow_after=round(recipe.grow_after * factor),
+    )

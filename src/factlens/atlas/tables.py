@@ -2,13 +2,15 @@
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from factlens.errors import ConfigError
 
 FOLDER = Path(__file__).parent
 CHECKPOINT = FOLDER / "checkpoint"
@@ -20,10 +22,7 @@ NO_ANSWER = "-"
 Table = list[dict[str, str]]
 Templates = Mapping[str, Mapping[str, Any]]
 """`templates.yaml` as it stands: relation -> from, train, held, fresh, pro, rev, ask, ask_held, group."""
-FactChoice = Literal["all", "open", "deep", "bundled"]
 Split = Literal["train", "held", "fresh"]
-DEEP = 3
-"""Facts of a subject from which on it is deep."""
 KINDS = "kinds"
 """The one key of `templates.yaml` that is no relation: what the subjects of each table are."""
 
@@ -112,25 +111,17 @@ def relations() -> tuple[Relation, ...]:
 
 
 @cache
-def world(folder: Path = FOLDER, facts: FactChoice = "all") -> World:
-    """The world of a folder with `facts/` and `templates.yaml`; the bundled one by default.
+def world(folder: Path = FOLDER, left_out: tuple[str, ...] = ()) -> World:
+    """The world of a folder with `facts/` and `templates.yaml`, without some of its tables; the bundled one by default.
 
-    "open" takes only facts that the last word of the subject leaves open: of the subjects of the
-    relation that end in it, at most half have the object. "deep" takes only facts of subjects that
-    have at least three, "bundled" only those that the bundled world has too.
+    Raises:
+        ConfigError: there is no table of a name that is left out.
     """
     tables, templates = load_tables(folder / "facts"), load_templates(folder / "templates.yaml")
-    found = read_relations(tables, templates)
-    if facts == "open":
-        left_open = {(one.name, *pair) for one in found for pair in open_facts(one)}
-        found = only(found, lambda one, *pair: (one.name, *pair) in left_open)
-    if facts == "deep":
-        counts = Counter(subject for one in found for subject, _ in one.facts)
-        found = only(found, lambda one, subject, object_: counts[subject] >= DEEP)
-    if facts == "bundled":
-        kept = {(one.name, *pair) for one in world().relations for pair in one.facts}
-        found = only(found, lambda one, *pair: (one.name, *pair) in kept)
-    return World(tuple(one for one in found if one.facts), read_kinds(templates))
+    if unknown := set(left_out) - set(tables):
+        raise ConfigError(f"no table {', '.join(sorted(unknown))}; there are {', '.join(tables)}")
+    found = read_relations(tables, templates, set(tables) - set(left_out))
+    return World(found, read_kinds(templates))
 
 
 def only(
@@ -144,14 +135,23 @@ def only(
 
 
 def open_facts(relation: Relation) -> Iterator[tuple[str, str]]:
-    """The facts of a relation that their subject's last word leaves open."""
+    """The facts of a relation that their subject's last word leaves open: at most half of the subjects that end in it have the object."""
+    return (pair for pair, share in _sharing_last_word(relation) if share <= 0.5)
+
+
+def settled_facts(relation: Relation) -> Iterator[tuple[str, str]]:
+    """The facts of a relation that their subject's last word settles: all subjects that end in it have the object."""
+    return (pair for pair, share in _sharing_last_word(relation) if share == 1)
+
+
+def _sharing_last_word(relation: Relation) -> Iterator[tuple[tuple[str, str], float]]:
+    """Each fact, and the share of the relation's subjects with its subject's last word that have its object."""
     having: dict[str, Counter[str]] = {}
     for subject, object_ in relation.facts:
         having.setdefault(subject.split()[-1], Counter())[object_] += 1
     for subject, object_ in relation.facts:
         alike = having[subject.split()[-1]]
-        if 2 * alike[object_] <= alike.total():
-            yield subject, object_
+        yield (subject, object_), alike[object_] / alike.total()
 
 
 def statements(split: Split = "train", of: World | None = None) -> Iterator[Statement]:
@@ -195,24 +195,34 @@ def load_templates(path: Path = FOLDER / "templates.yaml") -> Templates:
     return loaded
 
 
-def read_relations(tables: Mapping[str, Table], templates: Templates) -> tuple[Relation, ...]:
-    """Join tables and templates; cells without a single answer make no fact."""
-    return tuple(
-        Relation(
-            name=name,
-            sources=(sources := tuple(Source(*source) for source in entry["from"])),
-            train=tuple(entry["train"]),
-            held=tuple(entry["held"]),
-            fresh=tuple(entry.get("fresh", ())),
-            pronoun=tuple(entry["pro"]),
-            reverse=tuple(entry["rev"]),
-            facts=tuple(pair for source in sources for pair in pairs(tables, source)),
-            questions=tuple(entry.get("ask", ())),
-            held_questions=tuple(entry.get("ask_held", ())),
-            headings=tuple(entry.get("group", ())),
-            description=entry.get("description", ""),
-        )
+def read_relations(
+    tables: Mapping[str, Table], templates: Templates, taken: Collection[str] | None = None
+) -> tuple[Relation, ...]:
+    """Join tables (all, or those taken) and templates; cells without a single answer make no fact, nor a relation without facts."""
+    joined = (
+        _relation(name, entry, tables, tables if taken is None else taken)
         for name, entry in relation_entries(templates).items()
+    )
+    return tuple(one for one in joined if one.facts)
+
+
+def _relation(
+    name: str, entry: Mapping[str, Any], tables: Mapping[str, Table], taken: Collection[str]
+) -> Relation:
+    sources = tuple(Source(*source) for source in entry["from"] if source[0] in taken)
+    return Relation(
+        name=name,
+        sources=sources,
+        train=tuple(entry["train"]),
+        held=tuple(entry["held"]),
+        fresh=tuple(entry.get("fresh", ())),
+        pronoun=tuple(entry["pro"]),
+        reverse=tuple(entry["rev"]),
+        facts=tuple(pair for source in sources for pair in pairs(tables, source)),
+        questions=tuple(entry.get("ask", ())),
+        held_questions=tuple(entry.get("ask_held", ())),
+        headings=tuple(entry.get("group", ())),
+        description=entry.get("description", ""),
     )
 
 

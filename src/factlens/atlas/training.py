@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -73,15 +74,27 @@ def train(
     saved = load_state(folder / STATE, recipe, model, optimizers)
     started = time.monotonic() - saved.seconds
     loss = saved.loss
-    book = recipe.book
     for step in range(saved.step, recipe.steps):
+        book = recipe.settled_book if step < recipe.settled_first else recipe.book
         tokens = batch(recipe, book, tokenizer, step).to(device)
-        loss = take_step(recipe, model, optimizers, tokens, step)
+        with only_first(model, recipe.first_layers if step < recipe.grow_after else recipe.layers):
+            loss = take_step(recipe, model, optimizers, tokens, step)
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
             reached = Reached(step + 1, time.monotonic() - started, loss)
             save_state(folder / STATE, recipe, model, optimizers, reached)
         on_step(Progress(step + 1, recipe.steps, loss, saved.step))
     return Trained(model.eval(), tokenizer, time.monotonic() - started, loss)
+
+
+@contextmanager
+def only_first(model: GPT2LMHeadModel, count: int) -> Iterator[None]:
+    """The model with its first `count` blocks alone."""
+    blocks = model.transformer.h
+    model.transformer.h = blocks[:count]
+    try:
+        yield
+    finally:
+        model.transformer.h = blocks
 
 
 def take_step(
@@ -145,6 +158,11 @@ def new_model(recipe: Recipe, tokenizer: Tokenizer) -> GPT2LMHeadModel:
         eos_token_id=end,
     )
     model = GPT2LMHeadModel(config)
+    if recipe.grow_after:
+        for block in model.transformer.h[recipe.first_layers :]:
+            # Blocks that are put on top change nothing at first.
+            torch.nn.init.zeros_(block.attn.c_proj.weight)
+            torch.nn.init.zeros_(block.mlp.c_proj.weight)
     if recipe.precision == "bfloat16":
         # The fused attention's backward pass in bfloat16 takes five times as long on a CPU.
         model.set_attn_implementation("eager")

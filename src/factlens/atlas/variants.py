@@ -1,8 +1,6 @@
 """The trainings that were compared: a baseline, and recipes that differ from it in one factor each.
 
-`open` is a second baseline: the `open-` ones differ from it, and `open-heads-1-first` from `open-heads-1`.
-
-`python -m factlens.atlas_search` runs them; docs/atlas.md shows what came of it.
+`python -m factlens.atlas_search` runs them; docs/atlas.md shows what came of it, and of an earlier search on a world of more subjects with fewer facts.
 """
 
 from dataclasses import dataclass, replace
@@ -10,13 +8,14 @@ from typing import Any
 
 from factlens.atlas.recipes import Cycle, Recipe
 from factlens.atlas.sentences import Diet
-from factlens.atlas.tables import FactChoice
+from factlens.atlas.tables import FOLDER
 
+NEXT = FOLDER / "next"
 CAPTIONS = 0.6
 """Share of the baseline's documents."""
 SHARE = 0.2
 """Of the documents, where others take the place of captions."""
-SHORT = 2500
+SHORT = 3000
 """Steps of a short training."""
 DIET = Diet(
     biographies=0.03,
@@ -26,8 +25,31 @@ DIET = Diet(
     questions=0.03,
     headings=0.02,
 )
+TAUGHT = (
+    "countries",
+    "people",
+    "athletes",
+    "musicians",
+    "companies",
+    "products",
+    "elements",
+    "landmarks",
+)
+"""Tables of the baseline: kinds of which many subjects are settled by their last word, and namesakes are not."""
+WORKS = ("books", "films", "paintings", "compositions")
+PLACES = ("museums", "universities", "rivers")
+RULERS = ("monarchs", "popes")
+EVENTS = ("events", "grand_slams", "formula_one", "european_finals", "elections")
+
+
+def without_all_but(*tables: str) -> tuple[str, ...]:
+    """What to leave out to teach these tables."""
+    return tuple(sorted({path.stem for path in (NEXT / "facts").glob("*.csv")} - {*tables}))
+
+
 BASELINE = Recipe(
-    tables="wide",
+    tables="next",
+    left_out=without_all_but(*TAUGHT),
     vocabulary=6000,
     diet=DIET,
     rows=8,
@@ -52,6 +74,18 @@ def variants() -> dict[str, Variant]:
     """All variants by name, the baseline first."""
     made = [
         Variant("baseline", "the baseline", BASELINE),
+        _with("names", "no landmarks", left_out=without_all_but(*(set(TAUGHT) - {"landmarks"}))),
+        _with(
+            "people", "people and countries alone", left_out=without_all_but("people", "countries")
+        ),
+        _with("works", "works of art as well", left_out=without_all_but(*TAUGHT, *WORKS)),
+        _with("events", "events by year as well", left_out=without_all_but(*TAUGHT, *EVENTS)),
+        _with("rulers", "monarchs and popes as well", left_out=without_all_but(*TAUGHT, *RULERS)),
+        _with(
+            "places",
+            "museums, universities and rivers as well",
+            left_out=without_all_but(*TAUGHT, *PLACES),
+        ),
         _with("heads-1", "one attention head a block instead of four", heads=1),
         _with("heads-2", "two attention heads a block", heads=2),
         _with("captions-30", "captions 30 % of the documents instead of 60 %", captions=0.3),
@@ -65,9 +99,21 @@ def variants() -> dict[str, Variant]:
         _with("vocabulary-2000", "a vocabulary of 2 000 pieces instead of 6 000", vocabulary=2000),
         _with("digits", "every digit a token of its own", digits=True),
         _with("depth-12", "twelve blocks instead of eight", layers=12),
+        _with("depth-5", "five blocks", layers=5),
         _with("width-160", "a stream of 160 instead of 128", d_model=160),
         _with("dropout", "dropout of 10 %", dropout=0.1),
-        _with("depth-5", "five blocks instead of eight", layers=5),
+        _with("adamw", "AdamW for all weights instead of Muon", optimizer="adamw"),
+        _with(
+            "settled-first",
+            "for 40 % of the steps only what last words settle",
+            settled_first=SHORT * 2 // 5,
+        ),
+        _with(
+            "grown",
+            "three blocks for 40 % of the steps, then eight",
+            first_layers=3,
+            grow_after=SHORT * 2 // 5,
+        ),
         _instead(
             "stories",
             "anecdotes, with up to four sentences before the fact",
@@ -81,59 +127,28 @@ def variants() -> dict[str, Variant]:
         ),
         _instead("quizzes", "questions with names to choose from", quizzes=SHARE),
         _instead(
-            "references",
-            "stories of several subjects that are spoken of again by their kind",
-            references=SHARE,
-        ),
-        _with("open", "only the facts that the subject's last word leaves open", facts="open"),
-        _instead("parallels", "lists of names, then an attribute of each", parallels=SHARE),
-        _instead("chains", "facts about what another fact names", chains=SHARE),
-        _with(
-            "batch-16",
-            "16 rows a step and half of the steps",
-            rows=16,
-            captions_first=225,
-            cycles=(replace(BASELINE.cycles[0], steps=SHORT // 2),),
-        ),
-        _with("adamw", "AdamW for all weights instead of Muon", optimizer="adamw"),
-        _instead(
-            "open-quizzes",
-            "quizzes with names that share words, and the open facts",
-            facts="open",
+            "alike-quizzes",
+            "questions with names to choose from that share words",
             quizzes=SHARE,
             alike=True,
         ),
         _instead(
-            "open-parallels",
-            "parallel lists of names that share words, and the open facts",
-            facts="open",
-            parallels=SHARE,
-            alike=True,
+            "references",
+            "stories of several subjects that are spoken of again by their kind",
+            references=SHARE,
         ),
-        _with("deep", "only the facts of subjects that have at least three", facts="deep"),
-        _with("bundled", "only the facts that the shipped model was taught", facts="bundled"),
-        _with(
-            "open-heads-1", "the open facts, and one attention head a block", facts="open", heads=1
-        ),
-        _with(
-            "open-heads-1-first",
-            "the open facts, one head, captions alone for 40 % of the steps and then 35 %",
-            captions=0.35,
-            facts="open",
-            heads=1,
-            captions_first=SHORT * 2 // 5,
-        ),
+        _instead("parallels", "lists of names, then an attribute of each", parallels=SHARE),
+        _instead("chains", "facts about what another fact names", chains=SHARE),
     ]
     return {variant.name: variant for variant in made}
 
 
-def _instead(name: str, about: str, facts: FactChoice = "all", **diet: Any) -> Variant:
+def _instead(name: str, about: str, **diet: Any) -> Variant:
     """The baseline with other documents in the place of a fifth of the documents that were captions."""
     return _with(
         name,
         f"a fifth of the documents {about}, in the place of captions",
         captions=CAPTIONS - SHARE,
-        facts=facts,
         diet=replace(DIET, **diet),
     )
 

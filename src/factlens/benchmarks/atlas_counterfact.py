@@ -28,19 +28,37 @@ PARAPHRASES = 2
 TUNED = 4
 """One subject of so many is for choosing a layer and a clamp, the others for testing them."""
 IMPLIED = tuple(
-    frozenset(pair)
-    for pair in (
-        ("landmark_city", "landmark_country"),
-        ("university_city", "university_country"),
-        ("club_city", "club_country"),
-        ("birthplace", "person_country"),
-        ("mountain_range", "mountain_country"),
-        ("island_sea", "island_country"),
-        ("river_mouth", "river_country"),
-        ("continent", "country_region"),
+    frozenset(group.split())
+    for group in (
+        "landmark_city landmark_country place_continent place_language",
+        "museum_city museum_country place_continent place_language",
+        "university_city university_country place_continent place_language",
+        "club_city club_country",
+        "river_country river_mouth river_city river_source place_continent",
+        "mountain_country mountain_range place_continent place_language place_region place_currency",
+        "island_country island_sea place_language place_region place_currency",
+        "continent country_region",
+        "birthplace person_country",
+        "person_country person_continent",
+        "hq company_country company_continent",
+        "maker product_country",
+        "author book_language book_country book_century",
+        "painter painting_country painting_century painting_movement",
+        "museum_of_painting painting_city",
+        "composer composition_country composition_language composition_century composition_period",
+        "mens_champion mens_country",
+        "womens_champion womens_country",
+        "f1_champion f1_country",
+        "team_winner winner_country",
+        "team_loser loser_country",
+        "event_city event_country event_continent",
+        "war battle_century battle_country",
+        "battle_winner battle_commander",
+        "animal_class animal_family",
+        "language_country language_continent",
     )
 )
-"""Pairs of relations of which a new object of one can make the other's false by right: they say nothing of retention."""
+"""Groups of relations of which a new object of one can make another's false by right: they say nothing of one another's retention."""
 ASKED = 256
 """Records whose targets are scored between two reports of progress."""
 _SEPARATOR = "\x1f"
@@ -146,11 +164,16 @@ def others_of(of: World) -> Callable[[Record], list[Fact]]:
         return [
             _asked(record, *fact, split)
             for name, fact in about.items()
-            if name != record.relation_id and {name, record.relation_id} not in IMPLIED
+            if name != record.relation_id and not implied(name, record.relation_id)
             for split in ("train", "held")
         ]
 
     return others
+
+
+def implied(one: str, other: str) -> bool:
+    """Whether a new object of one relation can make the other's false by right."""
+    return any({one, other} <= group for group in IMPLIED)
 
 
 def _asked(record: Record, relation: Relation, subject: str, object_: str, split: Split) -> Fact:
