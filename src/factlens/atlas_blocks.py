@@ -60,7 +60,7 @@ def average(measured: Measured) -> str:
 
 def claims(measured: Measured) -> str:
     """The claims of Section 2 and their verdicts."""
-    found = measured.summary.claims
+    found = _own_claims(measured)
     table = pd.DataFrame(
         {
             "claim of Section 2": found["claim"],
@@ -73,27 +73,28 @@ def claims(measured: Measured) -> str:
 
 def claims_in_full(measured: Measured) -> str:
     """The claims with the paper's numbers and how each is measured."""
-    found = measured.summary.claims
-    table = found[["claim", "paper"]].assign(
-        difference=_differences(found),
-        n=found["n_facts"],
-        verdict=found["verdict"],
-        how=found["how"],
-    )
-    return as_markdown(table.rename(columns={"difference": "difference (95 %)", "n": "n_facts"}))
+    found = _own_claims(measured)
+    found.insert(2, "difference (95 %)", _differences(found))
+    return as_markdown(found.drop(columns=["difference", "low", "high"]))
 
 
 def corruption(measured: Measured) -> str:
     """Four of the claims under every other corruption rule."""
-    from factlens.claims import section_2
+    found = measured.summary.claims
+    rows: dict[str, dict[str, str]] = {}
+    for claim, difference, verdict in zip(
+        found["claim"], _differences(found), found["verdict"], strict=True
+    ):
+        rule, _, what = claim.partition(": ")
+        if rule in NOISE_RULES:
+            rows.setdefault(rule, {"rule": rule})[what] = f"{difference} {verdict}".strip()
+    return as_markdown(pd.DataFrame([*rows.values()]))
 
-    traces = measured.summary.run.traces
-    rows = []
-    for rule in (name for name in NOISE_RULES if name in traces):
-        found = section_2({"main": traces[rule]}, ()).set_index("claim")
-        cells = _differences(found) + " " + found["verdict"]
-        rows.append({"rule": rule, **cells.to_dict()})
-    return as_markdown(pd.DataFrame(rows).fillna(""))
+
+def _own_claims(measured: Measured) -> pd.DataFrame:
+    """The claims about the corruption of the paper."""
+    found = measured.summary.claims
+    return found[~found["claim"].str.partition(": ")[0].isin(NOISE_RULES)].copy()
 
 
 def numbers(measured: Measured) -> str:
@@ -138,9 +139,9 @@ def gradients(measured: Measured) -> str:
 def peaks(measured: Measured) -> str:
     """Where each study puts its peaks."""
     found = measured.summary.rules
-    found = found[(found["site"] != "after") & (found["site"] != "before")]
+    found = found[found["site"] != "after"].rename(columns={"variant": "study"})
     table = found[["study", "metric", "kind", "window", "site"]].assign(
-        peak=found["role"] + ", layer " + found["layer"].astype(str),
+        peak=found["role"].astype(str) + ", layer " + found["layer"].astype(str),
         AIE=[f"{r.aie:.3f} ({r.low:.3f} to {r.high:.3f})" for r in found.itertuples()],
     )
     share = measured.summary.peak_share
@@ -187,14 +188,14 @@ def _swept(found: pd.DataFrame, *settings: str) -> pd.DataFrame:
     table["S"] = found["S"].map("{:.1f}".format)
     for score in SCORES:
         table[score] = found.apply(_score, axis=1, name=score)
-    return table.assign(n=found["n"])
+    return table
 
 
 def known(measured: Measured) -> str:
     """What the checkpoint knows, by split."""
     total = measured.report["total"]
     rows = [
-        (name, f"{total[f'{split}_statements']:,}".replace(",", " "), f"{total[split]:.1%}")
+        (name, f"{total[f'{split}_statements']:,}".replace(",", " "), f"{100 * total[split]:.1f} %")
         for name, split in (("training", "train"), ("held-out", "held"), ("fresh", "fresh"))
     ]
     return as_markdown(pd.DataFrame(rows, columns=["templates", "statements", "known"]))
@@ -206,8 +207,9 @@ def _score(row: pd.Series, name: str) -> str:
 
 
 def _differences(found: pd.DataFrame) -> pd.Series:
+    """With their intervals; nothing where there were no facts to compare."""
     shown = [f"{r.difference:+.3f} ({r.low:+.3f} to {r.high:+.3f})" for r in found.itertuples()]
-    return pd.Series(shown, index=found.index)
+    return pd.Series(shown, index=found.index).where(found["difference"].notna(), "")
 
 
 BLOCKS: Mapping[str, Callable[[Measured], str]] = {

@@ -122,10 +122,13 @@ def show_run(summary: Summary) -> None:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """A frame as a Markdown table."""
-    lines = [tuple(map(str, table.columns)), *table.astype(str).itertuples(index=False)]
-    head, *rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([head, "|---" * len(table.columns) + "|", *rows])
+    """A frame as a Markdown table; columns of numbers stand to the right."""
+    text = table.astype(str)
+    numbers = [all(cell[:1] in "+-.0123456789" for cell in text[column]) for column in text]
+    cells = [tuple(map(str, text.columns)), *text.itertuples(index=False, name=None)]
+    lines = ["|" + "".join(f" {x} |" if x else " |" for x in line) for line in cells]
+    lines.insert(1, "|" + "".join("---:|" if number else "---|" for number in numbers))
+    return "\n".join(lines)
 
 
 def print_markdown(table: pd.DataFrame) -> None:
