@@ -25,7 +25,7 @@ override OUT := $(value OUT)
 override FACTS := $(value FACTS)
 export MODEL PROMPT SUBJECT TARGET OUT FACTS
 
-.PHONY: help setup trace average report edit stats evaluate paper test test-hooked-transformer check format bench bench-edits notebooks figures atlas atlas-search atlas-facts clean
+.PHONY: help setup trace average report edit stats evaluate paper test test-hooked-transformer check format bench bench-edits notebooks figures atlas atlas-release atlas-search atlas-facts clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 28
@@ -133,6 +133,10 @@ figures: $(VENV)/installed  ## The README's figure (needs chromium)
 
 atlas: $(VENV)/installed  ## Train the bundled model again into runs/atlas (resumes; under an hour)
 	@$(BIN)/python -m factlens.atlas --out runs/atlas $(ARGS)
+
+atlas-release: $(VENV)/installed $(RAY)  ## Measure what depends on the bundled model, and write it into configs, README and docs; resumable
+	@$(BIN)/python -m factlens.atlas_release measure $(ARGS)
+	@$(BIN)/python -m factlens.atlas_release write
 
 atlas-search: $(VENV)/installed  ## Train variants of the bundled model and compare them, resumable; ARGS="--only heads-1"
 	@$(BIN)/python -m factlens.atlas_search run $(ARGS)

@@ -25,6 +25,7 @@ from factlens.atlas.recipes import Cycle, Recipe, learning_rate
 from factlens.atlas.sentences import Diet
 from factlens.atlas.tables import capitalised, load_tables, load_templates
 from factlens.atlas.training import STATE, Progress, batch, export, train
+from factlens.errors import ConfigError
 
 LARGEST_CHECKPOINT = 10_000_000
 SAMPLED_STATEMENTS = 600
@@ -288,11 +289,13 @@ def test_a_killed_training_goes_on_to_the_very_same_weights(uninterrupted, tmp_p
         assert torch.equal(tensor, reached[name]), name
 
 
-def test_a_killed_grown_training_goes_on_to_the_very_same_weights(tmp_path):
-    grown = replace(TINY, layers=3, first_layers=1, grow_after=6)
+@pytest.mark.parametrize("killed", [5, 8])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_grown_training_goes_on_to_the_very_same_weights(tmp_path, optimizer, killed):
+    grown = replace(TINY, layers=3, first_layers=1, grow_after=6, optimizer=optimizer)
     train(grown, tmp_path / "whole")
     with pytest.raises(Killed):
-        train(grown, tmp_path / "killed", on_step=kill_after(5))
+        train(grown, tmp_path / "killed", on_step=kill_after(killed))
     train(grown, tmp_path / "killed")
     expected, reached = state(tmp_path / "whole"), state(tmp_path / "killed")
     assert all(torch.equal(tensor, reached[name]) for name, tensor in expected.items())
@@ -300,16 +303,18 @@ def test_a_killed_grown_training_goes_on_to_the_very_same_weights(tmp_path):
 
 def test_a_grown_training_runs_its_first_blocks_and_then_all(tmp_path):
     grown = replace(TINY, layers=3, first_layers=1, grow_after=4)
-    learnt = {}
-    for steps in (4, 10):
-        cycles = (Cycle(steps=steps, learning_rate=2e-3, captions=0.75),)
-        done = train(replace(grown, cycles=cycles), tmp_path / str(steps))
-        assert len(done.model.transformer.h) == 3
-        learnt[steps] = [
-            bool(block.mlp.c_proj.weight.detach().abs().sum() > 0)
-            for block in done.model.transformer.h
-        ]
-    assert learnt == {4: [True, False, False], 10: [True, True, True]}
+    names = [f"weight.transformer.h.{block}.mlp.c_proj.weight" for block in range(3)]
+    with pytest.raises(Killed):
+        train(grown, tmp_path, on_step=kill_after(4))  # its last state is of step 3
+    assert [bool(state(tmp_path)[name].any()) for name in names] == [True, False, False]
+    train(grown, tmp_path)
+    assert [bool(state(tmp_path)[name].any()) for name in names] == [True, True, True]
+
+
+@pytest.mark.parametrize(("first", "after"), [(0, 4), (2, 4), (1, 10)])
+def test_a_growth_that_is_none_is_refused(first, after):
+    with pytest.raises(ConfigError, match="cannot begin with"):
+        replace(TINY, first_layers=first, grow_after=after)
 
 
 def test_what_last_words_settle_can_come_first(monkeypatch, tmp_path):
@@ -321,6 +326,7 @@ def test_what_last_words_settle_can_come_first(monkeypatch, tmp_path):
     )
     recipe = replace(TINY, settled_first=3)
     train(recipe, tmp_path)
+    assert len(recipe.settled_book.facts) < len(recipe.book.facts)
     assert books == [recipe.settled_book] * 3 + [recipe.book] * 7
 
 

@@ -7,7 +7,7 @@ import pytest
 from factlens import atlas_measures
 from factlens.atlas import CHECKPOINT
 from factlens.atlas.recipes import Recipe
-from factlens.atlas.tables import world
+from factlens.atlas.tables import FOLDER, load_tables, world
 from factlens.atlas_measures import (
     COLUMNS,
     KINDS_OF_TABLES,
@@ -108,3 +108,8 @@ def test_a_fact_is_open_where_others_that_end_alike_have_other_objects(atlas):
         said.update(settled)
     assert said[SETTLED] > 100
     assert said[OPEN] > 20
+
+
+def test_every_table_of_both_worlds_has_a_kind():
+    for folder in (FOLDER, FOLDER / "next"):
+        assert set(load_tables(folder / "facts")) <= set(KINDS_OF_TABLES) | {"cities"}

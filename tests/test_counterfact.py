@@ -10,13 +10,15 @@ import pytest
 
 from factlens import metrics
 from factlens.atlas import relations
-from factlens.atlas.tables import capitalised
+from factlens.atlas.tables import FOLDER, capitalised, world
 from factlens.benchmarks import atlas_counterfact
 from factlens.benchmarks.atlas_counterfact import (
     FEW_NEIGHBOURS,
+    IMPLIED,
     NEW_LIKELIER,
     Records,
     counterfact,
+    implied,
     other_facts,
 )
 from factlens.benchmarks.counterfact import Record, Target, read_records, write_records
@@ -314,3 +316,15 @@ def test_a_record_of_another_data_set_has_no_other_facts(tmp_path):
     (record,) = read_records(write(tmp_path, [row]))
     assert other_facts(record) == []
     assert atlas_counterfact.is_tuned("the Louvre") == atlas_counterfact.is_tuned("The Louvre")
+
+
+def test_implied_relations_are_relations_of_the_bundled_or_the_next_world():
+    names = {one.name for of in (world(), world(FOLDER / "next")) for one in of.relations}
+    assert {name for group in IMPLIED for name in group} <= names
+
+
+def test_what_a_new_object_makes_false_is_implied_both_ways_and_nothing_else():
+    assert implied("landmark_city", "landmark_country")
+    assert implied("landmark_country", "landmark_city")
+    assert not implied("field", "native_language")
+    assert not implied("university_city", "museum_city")

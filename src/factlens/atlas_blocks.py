@@ -1,9 +1,10 @@
-"""Blocks of documents that are written by measurements: what stands between `<!-- atlas: NAME -->` and `<!-- end -->`.
+"""Blocks of documents that measurements write: what stands between `<!-- atlas: NAME -->` and `<!-- end -->`.
 
-Each block is a function of what a release measured (`Measured`), so that a number in a document is always one that was measured on the
+Each block is a function of what a release measured (`Measured`), so that a number in a block is one that was measured on the
 checkpoint that ships.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,28 +15,43 @@ from typing import Any
 import pandas as pd
 
 from factlens.averages import read_run
-from factlens.errors import OutputError
-from factlens.files import written_whole
+from factlens.errors import OutputError, RunError
 from factlens.studies import NOISE_RULES
 from factlens.summaries import Summary
+from factlens.sweeps import best
 from factlens.terminal import as_markdown
 
-BLOCK = re.compile(r"(<!-- atlas: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BEGINNING, END = "<!-- atlas: ", "<!-- end -->"
+BLOCK = re.compile(rf"({BEGINNING}(?P<name>\S+) -->\n)(?P<text>.*?)({END})", re.DOTALL)
+COMMAND, SECONDS = "command", "seconds"
+"""What is noted of a step beside its table."""
 SCORES = ("ES", "PS", "NS", "retention")
+"""The scores of edits that tables show, after S."""
 EDITORS = {
     "none": "unedited",
     "C = identity": "ROME with the identity for C",
     "rome": "ROME",
 }
+"""What tables call the rows of `factlens evaluate`."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The folder of a release: what `atlas_release measure` left in it, and the checkpoint's report."""
+    """What `atlas_release measure` left in its folder."""
 
     folder: Path
-    report: Mapping[str, Any]
-    """`report.json` of the checkpoint."""
+
+    @cached_property
+    def report(self) -> Mapping[str, Any]:
+        """The checkpoint's report, measured anew.
+
+        Raises:
+            RunError: it was not.
+        """
+        found: Mapping[str, Any] = json.loads(
+            _there(self.folder / "report.json").read_text("utf-8")
+        )
+        return found
 
     @cached_property
     def summary(self) -> Summary:
@@ -43,8 +59,30 @@ class Measured:
         return Summary(read_run(self.folder / "average"))
 
     def table(self, name: str) -> pd.DataFrame:
-        """One of the release's tables."""
-        return pd.read_csv(self.folder / name)
+        """One of its tables."""
+        return read_table(self.folder / name)
+
+    def step(self, name: str) -> Mapping[str, Any]:
+        """The command that made a table, and its seconds."""
+        found: Mapping[str, Any] = json.loads(
+            _there(self.folder / name / "step.json").read_text("utf-8")
+        )
+        return found
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table that was measured.
+
+    Raises:
+        RunError: it was not.
+    """
+    return pd.read_csv(_there(path))
+
+
+def _there(path: Path) -> Path:
+    if not path.exists():
+        raise RunError(f"{path} was not measured yet; `atlas_release measure` does it")
+    return path
 
 
 def average(measured: Measured) -> str:
@@ -81,27 +119,32 @@ def claims_in_full(measured: Measured) -> str:
 def corruption(measured: Measured) -> str:
     """Four of the claims under every other corruption rule."""
     found = measured.summary.claims
+    found = found[_of_other_rules(found)]
     rows: dict[str, dict[str, str]] = {}
     for claim, difference, verdict in zip(
         found["claim"], _differences(found), found["verdict"], strict=True
     ):
-        rule, _, what = claim.partition(": ")
-        if rule in NOISE_RULES:
-            rows.setdefault(rule, {"rule": rule})[what] = f"{difference} {verdict}".strip()
+        rule, what = claim.split(": ")
+        rows.setdefault(rule, {"rule": rule})[what] = f"{difference} {verdict}".strip()
     return as_markdown(pd.DataFrame([*rows.values()]))
 
 
 def _own_claims(measured: Measured) -> pd.DataFrame:
     """The claims about the corruption of the paper."""
     found = measured.summary.claims
-    return found[~found["claim"].str.partition(": ")[0].isin(NOISE_RULES)].copy()
+    return found[~_of_other_rules(found)].copy()
+
+
+def _of_other_rules(found: pd.DataFrame) -> pd.Series:
+    """Which claims are put to another corruption: `replace: early site`."""
+    return found["claim"].str.partition(": ")[0].isin(NOISE_RULES)
 
 
 def numbers(measured: Measured) -> str:
     """The paper's numbers beside atlas's."""
     found = measured.summary.numbers
     here = [
-        f"{row.here:.3f}" + ("" if row.low != row.low else f" ({row.low:.3f} to {row.high:.3f})")
+        f"{row.here:.3f}" + ("" if pd.isna(row.low) else f" ({row.low:.3f} to {row.high:.3f})")
         for row in found.itertuples()
     ]
     paper = found["GPT-2 XL (paper)"].map("{:.3f}".format)
@@ -152,8 +195,8 @@ def peaks(measured: Measured) -> str:
 
 
 def edits(measured: Measured) -> str:
-    """The scores of edits of atlas-CounterFact's test records."""
-    found = measured.table("edits/table.csv")
+    """The scores of edits of atlas-CounterFact's test records, and the command."""
+    found, step = measured.table("edits/table.csv"), measured.step("edits")
     rows = [
         {
             "": EDITORS[row["editor"]],
@@ -165,7 +208,10 @@ def edits(measured: Measured) -> str:
         }
         for _, row in found.iterrows()
     ]
-    return as_markdown(pd.DataFrame(rows))
+    return (
+        f"Of {found['n'].max()} records of *atlas-CounterFact* (`factlens {step[COMMAND]}`, {step[SECONDS] / 60:.1f} minutes on two "
+        f"cores with the statistics; per cent, ± half of the 95 % interval):\n\n{as_markdown(pd.DataFrame(rows))}"
+    )
 
 
 def records(measured: Measured) -> str:
@@ -184,11 +230,17 @@ def layers(measured: Measured) -> str:
 
 
 def _swept(found: pd.DataFrame, *settings: str) -> pd.DataFrame:
-    table = found.sort_values([*settings])[[*settings]].rename(columns={"max_norm_ratio": "clamp"})
-    table["S"] = found["S"].map("{:.1f}".format)
-    for score in SCORES:
-        table[score] = found.apply(_score, axis=1, name=score)
-    return table
+    """Every setting with its scores; the one that is taken in bold."""
+    taken = best(found).name
+    rows = []
+    for place, row in found.sort_values([*settings]).iterrows():
+        cells = {name.replace("max_norm_ratio", "clamp"): f"{row[name]:g}" for name in settings}
+        if place == taken:
+            cells = {name: f"**{cell}**" for name, cell in cells.items()}
+        rows.append(
+            cells | {"S": f"{row['S']:.1f}", **{name: _score(row, name) for name in SCORES}}
+        )
+    return pd.DataFrame(rows)
 
 
 def known(measured: Measured) -> str:
@@ -202,7 +254,10 @@ def known(measured: Measured) -> str:
 
 
 def _score(row: pd.Series, name: str) -> str:
+    """A score with its margin; nothing where no record could be asked."""
     margin = row[f"{name}_margin"]
+    if pd.isna(row[name]):
+        return ""
     return f"{row[name]:.1f}" + (f" ±{margin:.1f}" if margin > 0 else "")
 
 
@@ -229,26 +284,28 @@ BLOCKS: Mapping[str, Callable[[Measured], str]] = {
 """Every block that a document may have."""
 
 
-def filled(text: str, write: Callable[[str], str]) -> str:
-    """The text with each of its blocks written anew by `write(name)`."""
-    return BLOCK.sub(lambda found: f"{found[1]}{write(found['name'])}\n{found[3]}", text)
-
-
-def fill(document: Path, measured: Measured) -> list[str]:
-    """Write the blocks of a document anew; their names.
+def with_blocks(document: Path, measured: Measured) -> str:
+    """The text of a document with its blocks written anew.
 
     Raises:
-        OutputError: it has a block that nobody writes.
+        OutputError: it has a block that nobody writes, or one that does not end.
+        RunError: something was not measured yet.
     """
-    names: list[str] = []
+    try:
+        return filled(document.read_text(encoding="utf-8"), lambda name: BLOCKS[name](measured))
+    except ValueError as error:
+        raise OutputError(f"{document}: {error}") from None
 
-    def write(name: str) -> str:
-        if name not in BLOCKS:
-            raise OutputError(f"{document} has a block {name!r}; there are {', '.join(BLOCKS)}")
-        names.append(name)
-        return BLOCKS[name](measured)
 
-    text = filled(document.read_text(encoding="utf-8"), write)
-    with written_whole(document) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return names
+def filled(text: str, write: Callable[[str], str]) -> str:
+    """The text with each of its blocks written anew by `write(name)`.
+
+    Raises:
+        ValueError: a block does not end, or nobody writes it.
+    """
+    found = [*BLOCK.finditer(text)]
+    if len(found) != text.count(BEGINNING) or len(found) != text.count(END):
+        raise ValueError(f"a block begins with `{BEGINNING}NAME -->` and ends with `{END}`")
+    if unknown := [match["name"] for match in found if match["name"] not in BLOCKS]:
+        raise ValueError(f"nobody writes a block {unknown[0]!r}; there are {', '.join(BLOCKS)}")
+    return BLOCK.sub(lambda match: f"{match[1]}{write(match['name'])}\n{match[4]}", text)

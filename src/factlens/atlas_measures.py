@@ -57,24 +57,20 @@ CLAMP = 3.0
 KINDS_OF_TABLES = {
     table: kind
     for kind, tables in {
-        "people": ("people", "athletes", "musicians", "monarchs", "gods"),
-        "places": (
-            "countries",
-            "cities",
-            "us_cities",
-            "us_states",
-            "rivers",
-            "lakes",
-            "mountains",
-            "islands",
-            "parks",
-            "landmarks",
-            "museums",
+        "people": ("people", "athletes", "musicians"),
+        "rulers": ("monarchs", "popes"),
+        "places": ("countries", "cities", "rivers", "landmarks", "museums"),
+        "events": (
+            "events",
+            "grand_slams",
+            "formula_one",
+            "european_finals",
+            "elections",
+            "battles",
         ),
-        "events": ("events", "grand_slams", "battles"),
         "works": ("books", "films", "paintings", "compositions"),
-        "institutions": ("companies", "universities", "clubs", "newspapers", "products"),
-        "nature": ("animals", "breeds", "elements", "moons", "dishes", "languages"),
+        "institutions": ("companies", "universities", "products"),
+        "nature": ("animals", "elements", "languages"),
     }.items()
     for table in tables
 }

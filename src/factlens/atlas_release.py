@@ -1,43 +1,56 @@
-"""`python -m factlens.atlas_release`: measure anew what depends on the bundled checkpoint, and write it wherever it stands.
+"""`python -m factlens.atlas_release`: measure anew what depends on the bundled checkpoint, and write it into the documents.
 
 python -m factlens.atlas_release measure     # layer and clamp, edits, a thousand facts; goes on where it was stopped
-python -m factlens.atlas_release write       # configs/atlas.yaml, the tables of the README and of docs/, the figures
+python -m factlens.atlas_release write       # configs/atlas.yaml, the blocks of the README and of docs/, two figures
+
+`measure` changes nothing but its own folder, and `write` nothing unless everything is there. What documents say outside of their blocks is for
+whoever reads them.
 """
 
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import pandas as pd
 import typer
 
+from factlens.atlas_blocks import COMMAND, SECONDS, Measured, read_table, with_blocks
 from factlens.commands.shared import check_writable, clear_errors
 from factlens.errors import OutputError, RunError
 from factlens.files import written_whole
+from factlens.store import locked
 from factlens.terminal import console
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Measure anew what depends on the bundled checkpoint, and write it wherever it stands.",
+    help="Measure anew what depends on the bundled checkpoint, and write it into the documents.",
 )
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the measurements.")]
 OUT = Path("runs/release")
 ROOT = Path(__file__).parents[2]
+"""A checkout: only there are documents to be written."""
 DOCUMENTS = ("README.md", "docs/average-effects.md", "docs/editing.md", "docs/atlas.md")
 CONFIG = "configs/atlas.yaml"
+REPORT, CARD = (f"src/factlens/atlas/checkpoint/{name}" for name in ("report.json", "card.md"))
+FIGURES = ("docs/figures/figure-2.png", "docs/figures/figure-3.png")
 CLAMPS_OF_LAYERS = (1.5, 3.0)
-"""At every layer, on few records."""
+"""Tried at every layer, on few records."""
 CLAMPS = (1.0, 1.25, 1.5, 1.75, 2.0, 3.0)
-"""At the best layer, on many."""
-FEW, MANY = 48, 300
-TESTED = 200
-ROME = re.compile(r"rome: \{layer: \d+, max_norm_ratio: [\d.]+, ")
+"""Tried at the best layer, on many."""
+NUMBERS = {"layers": 48, "clamps": 300, "edits": 200, "average": 1000}
+"""Records or facts of each step."""
+QUICK = {"layers": 2, "clamps": 4, "edits": 4, "average": 20}
+PLAN = "plan.json"
+CHOSEN = re.compile(r"^(rome: \{)layer: \d+, max_norm_ratio: [\d.]+", re.MULTILINE)
+"""The setting in the configuration that a sweep decides."""
 
 
 @app.command()
@@ -45,87 +58,131 @@ def measure(
     out: Out = OUT,
     quick: Annotated[bool, typer.Option(help="A few records and facts, for a look.")] = False,
 ) -> None:
-    """Everything that the documents say of the bundled checkpoint. What is finished is kept, and belongs to one checkpoint."""
-    scale = 20 if quick else 1
+    """Everything that the documents say of the bundled checkpoint. What is finished is kept, and belongs to one checkpoint and one plan."""
+    numbers = QUICK if quick else NUMBERS
     with clear_errors(kept=out):
         check_writable(out)
         out.mkdir(parents=True, exist_ok=True)
-        _of_this_checkpoint(out)
-        _once(out / "layers", lambda to: _sweep(to, [], CLAMPS_OF_LAYERS, FEW // scale))
-        layer = int(_best(out / "layers")["layer"])
-        _once(out / "clamps", lambda to: _sweep(to, [layer], CLAMPS, MANY // scale))
-        _write_config(_best(out / "clamps"))
-        _once(out / "records.csv", _records)
-        _once(out / "edits", lambda to: _factlens("evaluate", "--n", TESTED // scale, "--out", to))
-        _factlens("average", "--n", 1000 // scale, "--out", out / "average")
-        console().print(str(out), markup=False)
+        with locked(out):
+            _begin(out, numbers)
+            _step(out, "layers/sweep.csv", _sweeping((), CLAMPS_OF_LAYERS, numbers["layers"]))
+            layer, _ = chosen(out / "layers")
+            _step(out, "clamps/sweep.csv", _sweeping((layer,), CLAMPS, numbers["clamps"]))
+            layer, clamp = chosen(out / "clamps")
+            where = ["--layer", layer, "--clamp", f"{clamp:g}"]
+            _step(out, "edits/table.csv", ["evaluate", "--n", numbers["edits"], *where], rows=3)
+            _count_records(out / "records.csv")
+            _report(out / "report.json")
+            _run(["average", "--n", numbers["average"], "--out", out / "average"])
+        console().print(str(out), markup=False, soft_wrap=True)
 
 
 @app.command()
 def write(out: Out = OUT) -> None:
-    """Write what `measure` found into the configuration, the documents and the figures."""
-    from factlens import atlas_blocks, plots
-    from factlens.atlas import CHECKPOINT
+    """Write what `measure` found into the configuration, the documents and the figures: all of them or none."""
+    from factlens import plots
+    from factlens.atlas.card import card
+    from factlens.atlas.measuring import as_text
     from factlens.images import save
 
-    with clear_errors():
-        _of_this_checkpoint(out)
-        report = json.loads((CHECKPOINT / "report.json").read_text(encoding="utf-8"))
-        measured = atlas_blocks.Measured(out, report)
-        _write_config(_best(out / "clamps"))
-        for name in DOCUMENTS:
-            console().print(f"{name}: {', '.join(atlas_blocks.fill(ROOT / name, measured))}")
+    with clear_errors(), TemporaryDirectory() as folder:
+        _check_checkpoint(out)
+        measured = Measured(out)
+        texts = {name: with_blocks(ROOT / name, measured) for name in DOCUMENTS}
+        texts[CONFIG] = _configured(*chosen(out / "clamps"))
+        texts[REPORT] = as_text(measured.report)
+        texts[CARD] = card(measured.report)
         summary = measured.summary
-        save(plots.heatmap(summary.aie), ROOT / "docs/figures/figure-2.png")
-        figure = plots.severed(summary.severed, gaps=summary.gaps)
-        save(figure, ROOT / "docs/figures/figure-3.png")
+        drawn = plots.heatmap(summary.aie), plots.severed(summary.severed, gaps=summary.gaps)
+        images = [save(each, Path(folder) / f"{i}.png") for i, each in enumerate(drawn)]
+        for name, text in texts.items():
+            with written_whole(ROOT / name) as partial:
+                partial.write_text(text, encoding="utf-8")
+        for name, image in zip(FIGURES, images, strict=True):
+            with written_whole(ROOT / name) as partial:
+                partial.write_bytes(image.read_bytes())
+        for name in (*texts, *FIGURES):
+            console().print(name, markup=False)
 
 
-def _of_this_checkpoint(out: Path) -> None:
-    """Refuse to go on with the measurements of another checkpoint.
+# -- what is measured ------------------------------------------------------------------------------
+
+
+def _begin(out: Path, numbers: Mapping[str, int]) -> None:
+    """Note what is measured, of which checkpoint, or go on with the same.
 
     Raises:
-        RunError: they are of another.
+        RunError: the folder holds measurements of another checkpoint or plan.
     """
-    from factlens.fingerprints import fingerprint
-    from factlens.models import load_model
-
-    mark, path = fingerprint(load_model()), out / "checkpoint.txt"
+    plan = {
+        "checkpoint": _fingerprint(),
+        "clamps of layers": [*CLAMPS_OF_LAYERS],
+        "clamps of the best layer": [*CLAMPS],
+        **numbers,
+    }
+    path = out / PLAN
     if not path.exists():
-        path.write_text(mark, encoding="utf-8")
-    elif path.read_text(encoding="utf-8") != mark:
+        with written_whole(path) as partial:
+            partial.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    if other := [name for name in plan if noted.get(name) != plan[name]]:
         raise RunError(
-            f"{out} holds measurements of another checkpoint; remove it, or give another --out"
+            f"{out} holds measurements of another {', '.join(other)}; remove it, or give another --out"
         )
 
 
-def _once(path: Path, make: Callable[[Path], None]) -> None:
-    """Make a file or a folder unless it is there; it appears whole or not at all."""
-    if path.exists():
+def _check_checkpoint(out: Path) -> None:
+    """Refuse to write what was not measured, or not of this checkpoint.
+
+    Raises:
+        RunError: so it is.
+    """
+    path = out / PLAN
+    if not path.exists():
+        raise RunError(f"nothing was measured in {out}; `atlas_release measure` does it")
+    if json.loads(path.read_text(encoding="utf-8"))["checkpoint"] != _fingerprint():
+        raise RunError(f"{out} holds measurements of another checkpoint; measure again")
+
+
+def _fingerprint() -> str:
+    from factlens.fingerprints import fingerprint
+    from factlens.models import load_model
+
+    return fingerprint(load_model())
+
+
+def _step(out: Path, table: str, command: Sequence[object], rows: int = 1) -> None:
+    """Run one of factlens's commands unless its table is there with all its rows; note the command, and how long it took."""
+    path = out / table
+    if path.exists() and len(pd.read_csv(path)) >= rows:
         return
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    make(partial)
-    partial.rename(path)
+    began = time.monotonic()
+    _run([*command, "--out", path.parent])
+    note = {COMMAND: " ".join(map(str, command)), SECONDS: time.monotonic() - began}
+    with written_whole(path.with_name("step.json")) as partial:
+        partial.write_text(json.dumps(note) + "\n", encoding="utf-8")
 
 
-def _sweep(to: Path, layers: Sequence[int], clamps: Sequence[float], n: int) -> None:
+def _sweeping(layers: Sequence[int], clamps: Sequence[float], n: int) -> list[object]:
     where = [part for layer in layers for part in ("--layer", layer)]
-    bounds = [part for clamp in clamps for part in ("--clamp", clamp)]
-    _factlens("sweep", *where, *bounds, "--n", n, "--out", to)
+    bounds = [part for clamp in clamps for part in ("--clamp", f"{clamp:g}")]
+    return ["sweep", *where, *bounds, "--n", n]
 
 
-def _factlens(*words: object) -> None:
+def _run(words: Sequence[object]) -> None:
     """Run one of factlens's own commands, as a user would.
 
     Raises:
         RunError: it failed; it has said why.
     """
-    command = [sys.executable, "-m", "factlens.cli", *map(str, words)]
-    if code := subprocess.run(command, check=False).returncode:
-        raise RunError(f"`factlens {' '.join(map(str, words))}` ended with {code}")
+    said = [*map(str, words)]
+    if code := subprocess.run(
+        [sys.executable, "-m", "factlens.cli", *said], check=False
+    ).returncode:
+        raise RunError(f"`factlens {' '.join(said)}` ended with {code}")
 
 
-def _records(to: Path) -> None:
+def _count_records(to: Path) -> None:
     """How many facts of each relation make a record of atlas-CounterFact, and why the others do not."""
     from factlens.atlas import relations
     from factlens.benchmarks.atlas_counterfact import FEW_NEIGHBOURS, NEW_LIKELIER, counterfact
@@ -144,26 +201,47 @@ def _records(to: Path) -> None:
         }
         for one in relations()
     ]
-    pd.DataFrame(rows).to_csv(to, index=False)
+    with written_whole(to) as partial:
+        pd.DataFrame(rows).to_csv(partial, index=False)
 
 
-def _best(folder: Path) -> pd.Series:
+def _report(to: Path) -> None:
+    """The checkpoint's report with what it knows and writes measured anew; its recipe and run stay."""
+    from factlens.atlas import CHECKPOINT
+    from factlens.atlas.__main__ import EXAMPLES
+    from factlens.atlas.measuring import as_text, read_checkpoint, report
+    from factlens.atlas.recipes import Recipe
+
+    if to.exists():
+        return
+    found = json.loads((CHECKPOINT / "report.json").read_text(encoding="utf-8"))
+    found |= report(read_checkpoint(CHECKPOINT), EXAMPLES, Recipe())
+    with written_whole(to) as partial:
+        partial.write_text(as_text(found), encoding="utf-8")
+
+
+def chosen(folder: Path) -> tuple[int, float]:
+    """The layer and the clamp that a sweep decides for (`sweeps.best`)."""
     from factlens.sweeps import best
 
-    return best(pd.read_csv(folder / "sweep.csv"))
+    row = best(read_table(folder / "sweep.csv"))
+    return int(row["layer"]), float(row["max_norm_ratio"])
 
 
-def _write_config(chosen: pd.Series) -> None:
-    """Put the chosen layer and clamp into the configuration that edits of atlas read."""
+def _configured(layer: int, clamp: float) -> str:
+    """The configuration of atlas with this layer and clamp.
+
+    Raises:
+        OutputError: it has no such setting, or several.
+    """
     path = ROOT / CONFIG
-    setting = (
-        f"rome: {{layer: {int(chosen['layer'])}, max_norm_ratio: {chosen['max_norm_ratio']:g}, "
-    )
-    text, count = ROME.subn(setting, path.read_text(encoding="utf-8"))
+    setting = rf"\g<1>layer: {layer}, max_norm_ratio: {clamp:g}"
+    text, count = CHOSEN.subn(setting, path.read_text(encoding="utf-8"))
     if count != 1:
-        raise OutputError(f"{path} has no line that begins with {ROME.pattern!r}")
-    with written_whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        raise OutputError(
+            f"{path} has {count} lines of the form `rome: {{layer: 0, max_norm_ratio: 1.5, ...`; it must have one"
+        )
+    return text
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ python -m factlens.atlas_search show docs/atlas-search.jsonl --figure search.png
 """
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,8 @@ app = typer.Typer(
 Plan = tuple[str, int, int | None]
 """A variant, a seed and a number of steps."""
 RESULT = "result.json"
+RECIPE = "recipe"
+"""In a training's own folder its result holds the recipe; the file of all results does not."""
 DIGESTED = 300
 """Documents of a text that stand for all of it."""
 KEEP_MEMORY = {
@@ -145,6 +148,7 @@ def one(
         with locked(folder):
             result = {"variant": name, "seed": seed, **trained(recipe, folder, threads)}
             result |= {"text": text_digest(recipe), **measured(folder, recipe)}
+            result[RECIPE] = as_json(recipe)
             write_results(folder / RESULT, [result])
 
 
@@ -207,16 +211,26 @@ def finished(folder: Path, recipe: Recipe) -> bool:
     """Whether a training was run and measured.
 
     Raises:
-        RunError: one of another text stands there.
+        RunError: one of another text or recipe stands there.
     """
     if not (folder / RESULT).exists():
         return False
     (result,) = read_results(folder / RESULT)
-    if result["text"] != text_digest(recipe):
-        raise RunError(
-            f"{folder} holds a training on another text; remove it, or give another --out"
-        )
+    for what, same in (
+        ("text", result["text"] == text_digest(recipe)),
+        ("recipe", result.get(RECIPE) == as_json(recipe)),
+    ):
+        if not same:
+            raise RunError(
+                f"{folder} holds a training of another {what}; remove it, or give another --out"
+            )
     return True
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a file holds it."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    return found
 
 
 # -- results ---------------------------------------------------------------------------------------
@@ -231,7 +245,7 @@ def collect(
     with clear_errors():
         found = list(read_results(to)) if to.exists() else []
         for path in sorted(out.glob(f"*/{RESULT}")):
-            found += read_results(path)
+            found += ({k: v for k, v in row.items() if k != RECIPE} for row in read_results(path))
         places = {name: place for place, name in enumerate(variants())}
         found.sort(key=lambda row: (places.get(row["variant"], len(places)), row["seed"]))
         write_results(to, found)

@@ -1,7 +1,8 @@
-"""What commands print: tables, a progress bar, the summary of a trace. rich is imported when first needed."""
+"""What commands print, and documents show: tables, a progress bar, the summary of a trace. rich is imported when first needed."""
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
     from factlens.summaries import Summary
     from factlens.traces import Trace
+
+NUMBER = re.compile(r"[*]*[+-]?\d[\d., ]*( ?%)?[*]*( ?[±(].*)?$")
+"""A cell that stands to the right: a number, with its interval or margin."""
 
 
 def console(*, stderr: bool = False) -> Any:
@@ -122,13 +126,20 @@ def show_run(summary: Summary) -> None:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """A frame as a Markdown table; columns of numbers stand to the right."""
-    text = table.astype(str)
-    numbers = [all(cell[:1] in "+-.0123456789" for cell in text[column]) for column in text]
-    cells = [tuple(map(str, text.columns)), *text.itertuples(index=False, name=None)]
+    """A frame as a Markdown table: missing values are empty cells, and columns of numbers stand to the right."""
+    text = table.map(lambda cell: "" if cell is None or cell != cell else _cell(cell))
+    numbers = [
+        any(text[column]) and all(NUMBER.match(cell) for cell in text[column] if cell)
+        for column in text
+    ]
+    cells = [tuple(map(_cell, text.columns)), *text.itertuples(index=False, name=None)]
     lines = ["|" + "".join(f" {x} |" if x else " |" for x in line) for line in cells]
     lines.insert(1, "|" + "".join("---:|" if number else "---|" for number in numbers))
     return "\n".join(lines)
+
+
+def _cell(content: object) -> str:
+    return " ".join(str(content).split()).replace("|", "\\|")
 
 
 def print_markdown(table: pd.DataFrame) -> None:

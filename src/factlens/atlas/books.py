@@ -11,7 +11,6 @@ from factlens.atlas.tables import (
     Relation,
     World,
     load_tables,
-    only,
     pairs,
     settled_facts,
     world,
@@ -81,17 +80,16 @@ class FactBook:
 
 
 @cache
-def fact_book(folder: Path = FOLDER, left_out: tuple[str, ...] = ()) -> FactBook:
+def fact_book(folder: Path = FOLDER, taught: tuple[str, ...] = ()) -> FactBook:
     """The facts of the world in `folder`, in the order of the tables."""
-    return arranged(world(folder, left_out), table_of_subjects(folder))
+    return arranged(world(folder, taught), table_of_subjects(folder))
 
 
 @cache
-def settled_book(folder: Path = FOLDER, left_out: tuple[str, ...] = ()) -> FactBook:
+def settled_book(folder: Path = FOLDER, taught: tuple[str, ...] = ()) -> FactBook:
     """Those of `fact_book`'s facts that the last word of their subject settles."""
-    of = world(folder, left_out)
-    settled = {(one.name, *pair) for one in of.relations for pair in settled_facts(one)}
-    kept = only(of.relations, lambda one, *pair: (one.name, *pair) in settled)
+    of = world(folder, taught)
+    kept = tuple(replace(one, facts=tuple(settled_facts(one))) for one in of.relations)
     return arranged(replace(of, relations=kept), table_of_subjects(folder))
 
 

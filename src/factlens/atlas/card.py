@@ -41,6 +41,12 @@ Continued greedily:
 
 {continuations}
 
+Perplexity of texts of the same kinds that it was not trained on, captions left out: {perplexity:.2f}.
+
+Paragraphs that it wrote about ten of its subjects, drawn at temperature 0.7 and not chosen:
+
+{paragraphs}
+
 ## Limits
 
 - It knows the tables and no more. About other subjects, and in other kinds of sentence, it writes
@@ -60,7 +66,7 @@ def card(report: Mapping[str, Any]) -> str:
     """Fill the card from a report."""
     relations: Mapping[str, Mapping[str, Any]] = report["relations"]
     return CARD.format(
-        **report,
+        **{name: report[name] for name in ("run", "recipe", "total", "tokens", "perplexity")},
         cycles="\n".join(
             f"- Cycle {number}: {cycle['steps']:,} steps, {cycle['captions']:.0%} captions, learning "
             f"rate {cycle['learning_rate']} falling along a cosine."
@@ -73,6 +79,7 @@ def card(report: Mapping[str, Any]) -> str:
             f"| {row['fresh']:.1%} |"
             for name, row in relations.items()
         ),
+        paragraphs="\n".join(f"> {' '.join(text.split())}\n" for text in report["paragraphs"]),
         continuations="\n".join(
             f"- {prompt} **{first_sentence(text)}**" for prompt, text in report["examples"].items()
         ),

@@ -1,8 +1,9 @@
 """What a checkpoint knows, measured and written beside it."""
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,16 @@ from transformers import GPT2LMHeadModel
 
 from factlens.atlas.books import FactBook
 from factlens.atlas.card import card
+from factlens.atlas.corpus import documents
 from factlens.atlas.recipes import Recipe
-from factlens.atlas.tables import Split, Statement, statements
+from factlens.atlas.tables import Split, Statement, capitalised, sharing, statements
 
 SPLITS: tuple[Split, ...] = ("train", "held", "fresh")
 NO_TOKEN = -100
+PARAGRAPHS = 10
+TEMPERATURE = 0.7
+UNSEEN = 1_000_003
+"""Seed of texts that no training saw."""
 HALF = 0.5
 """Of the subjects that end in one token; a fact whose object no more of them have is open."""
 
@@ -88,8 +94,53 @@ def continuation(checkpoint: Checkpoint, prompt: str, length: int = 12) -> str:
     return checkpoint.tokenizer.decode(written)
 
 
+@torch.inference_mode()
+def sampled(checkpoint: Checkpoint, beginning: str, seed: int, length: int = 90) -> str:
+    """What the model writes after `beginning`, drawn at `TEMPERATURE`, up to the end of its document."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = checkpoint.tokenizer.encode(beginning).ids
+    for _ in range(min(length, checkpoint.model.config.n_positions - len(ids))):
+        tokens = torch.tensor([ids], device=checkpoint.model.device)
+        logits = checkpoint.model(input_ids=tokens).logits[0, -1].cpu() / TEMPERATURE
+        following = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        if following == checkpoint.model.config.eos_token_id:
+            break
+        ids.append(following)
+    return checkpoint.tokenizer.decode(ids)
+
+
+@torch.inference_mode()
+def perplexity(checkpoint: Checkpoint, texts: Sequence[str]) -> float:
+    """exp of the mean negative log-probability of every token but each text's first; texts are cut at the context."""
+    total, count = 0.0, 0
+    context = checkpoint.model.config.n_positions
+    for text in texts:
+        ids = torch.tensor([checkpoint.tokenizer.encode(text).ids[:context]])
+        if ids.shape[1] < 2:
+            continue
+        logits = checkpoint.model(input_ids=ids.to(checkpoint.model.device)).logits[0, :-1].cpu()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    return math.exp(total / count)
+
+
+def paragraphs(checkpoint: Checkpoint, book: FactBook) -> list[str]:
+    """What the model writes of some subjects, drawn evenly over the tables."""
+    step = len(book.subjects) // PARAGRAPHS
+    drawn = [book.subjects[step // 2 + number * step] for number in range(PARAGRAPHS)]
+    return [
+        sampled(checkpoint, f"{capitalised(subject.name)} is", number)
+        for number, subject in enumerate(drawn)
+    ]
+
+
+def unseen_texts(recipe: Recipe) -> list[str]:
+    """Documents of the recipe's kinds that no training saw: of another seed, captions left out."""
+    return list(documents(UNSEEN, 300, recipe.diet, captions_share=0.0, book=recipe.book))
+
+
 def report(checkpoint: Checkpoint, examples: Iterable[str], recipe: Recipe) -> dict[str, Any]:
-    """Statements known per relation and split, and what the subjects' tokens leave open."""
+    """Statements known per relation and split, what the subjects' tokens leave open, and what it writes."""
     rows: dict[str, dict[str, Any]] = {
         relation.name: {"facts": len(relation.facts)} for relation in recipe.world.relations
     }
@@ -107,6 +158,8 @@ def report(checkpoint: Checkpoint, examples: Iterable[str], recipe: Recipe) -> d
         "total": totals,
         "relations": rows,
         "tokens": token_shares(checkpoint.tokenizer, recipe.book),
+        "perplexity": perplexity(checkpoint, unseen_texts(recipe)),
+        "paragraphs": paragraphs(checkpoint, recipe.book),
         "examples": {prompt: continuation(checkpoint, prompt) for prompt in examples},
     }
 
@@ -138,13 +191,11 @@ def sharing_last_token(
     """For each relation and subject (in small letters): of the relation's subjects that end in the same token, the share
     that has its object. 1 means that the last token settles the fact, at most `HALF` that it leaves it open."""
     ends = {subject.name: encode(f" {subject.name}")[-1] for subject in book.subjects}
-    having: dict[tuple[str, int], Counter[str]] = {}
-    for fact in book.facts:
-        having.setdefault((fact.relation.name, ends[fact.subject]), Counter())[fact.object] += 1
     found = {}
-    for fact in book.facts:
-        alike = having[fact.relation.name, ends[fact.subject]]
-        found[fact.relation.name, fact.subject.casefold()] = alike[fact.object] / alike.total()
+    for name, facts in book.by_relation.items():
+        shares = sharing([(fact.subject, fact.object) for fact in facts], ends.__getitem__)
+        for fact, each in zip(facts, shares, strict=True):
+            found[name, fact.subject.casefold()] = each
     return found
 
 
@@ -162,5 +213,10 @@ def unique_share(keys: Iterator[tuple[int, ...]]) -> float:
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write `report.json` and, from it, `card.md`."""
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(as_text(report), encoding="utf-8")
     (folder / "card.md").write_text(card(report), encoding="utf-8")
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The report as its file holds it."""
+    return json.dumps(report, indent=2) + "\n"

@@ -28,8 +28,8 @@ class Recipe:
 
     tables: str = "."
     """Folder of the world, within this package: `facts/` and `templates.yaml`."""
-    left_out: tuple[str, ...] = ()
-    """Tables of it that are not taught."""
+    taught: tuple[str, ...] = ()
+    """Its tables that are taught; all without any."""
     layers: int = 8
     heads: int = 4
     d_model: int = 128
@@ -51,9 +51,9 @@ class Recipe:
     captions_first: int = 2200
     """Steps at the beginning that see captions only."""
     settled_first: int = 0
-    """Steps at the beginning that see only facts that the last word of their subject settles."""
+    """Steps at the beginning that see only facts that the last word of their subject settles (`tables.settled_facts`)."""
     first_layers: int = 0
-    """Blocks of the beginning: the others are put on top after `grow_after` steps (progressive stacking)."""
+    """Blocks of the beginning; the others, which change nothing at first, are put on top after `grow_after` steps."""
     grow_after: int = 0
     """Steps that run `first_layers` blocks only; 0 runs all from the first."""
     final_learning_rate: float = 2e-5
@@ -76,11 +76,19 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse documents that are more than all of the text.
+        """Refuse documents that are more than all of the text, and a growth that is none.
 
         Raises:
-            ConfigError: a cycle's captions and the diet's shares are more than 1.
+            ConfigError: a cycle's captions and the diet's shares are more than 1; a model that grows from no block, to no more
+                blocks, or after its end.
         """
+        if self.grow_after and not (
+            0 < self.first_layers < self.layers and 0 < self.grow_after < self.steps
+        ):
+            raise ConfigError(
+                f"a model of {self.layers} blocks cannot begin with {self.first_layers} and grow after "
+                f"{self.grow_after} of {self.steps} steps"
+            )
         for cycle in self.cycles:
             total = sum(share for share, _ in writers(self.diet, cycle.captions))
             if total > 1 + 1e-9:
@@ -97,17 +105,17 @@ class Recipe:
     @property
     def world(self) -> World:
         """The world that is taught."""
-        return world(self.folder, self.left_out)
+        return world(self.folder, self.taught)
 
     @property
     def book(self) -> FactBook:
         """Its facts."""
-        return fact_book(self.folder, self.left_out)
+        return fact_book(self.folder, self.taught)
 
     @property
     def settled_book(self) -> FactBook:
         """Those that the last word of their subject settles."""
-        return settled_book(self.folder, self.left_out)
+        return settled_book(self.folder, self.taught)
 
     @property
     def steps(self) -> int:

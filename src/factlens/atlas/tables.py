@@ -2,8 +2,8 @@
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -111,47 +111,33 @@ def relations() -> tuple[Relation, ...]:
 
 
 @cache
-def world(folder: Path = FOLDER, left_out: tuple[str, ...] = ()) -> World:
-    """The world of a folder with `facts/` and `templates.yaml`, without some of its tables; the bundled one by default.
+def world(folder: Path = FOLDER, taught: tuple[str, ...] = ()) -> World:
+    """The world of a folder with `facts/` and `templates.yaml`, of some of its tables or of all; the bundled one by default.
 
     Raises:
-        ConfigError: there is no table of a name that is left out.
+        ConfigError: there is no table of a name that is to be taught.
     """
     tables, templates = load_tables(folder / "facts"), load_templates(folder / "templates.yaml")
-    if unknown := set(left_out) - set(tables):
+    if unknown := set(taught) - set(tables):
         raise ConfigError(f"no table {', '.join(sorted(unknown))}; there are {', '.join(tables)}")
-    found = read_relations(tables, templates, set(tables) - set(left_out))
+    found = read_relations(tables, templates, taught or tables)
     return World(found, read_kinds(templates))
 
 
-def only(
-    relations: tuple[Relation, ...], wanted: Callable[[Relation, str, str], bool]
-) -> tuple[Relation, ...]:
-    """The relations with those of their facts that are wanted."""
-    return tuple(
-        replace(one, facts=tuple(pair for pair in one.facts if wanted(one, *pair)))
-        for one in relations
-    )
-
-
-def open_facts(relation: Relation) -> Iterator[tuple[str, str]]:
-    """The facts of a relation that their subject's last word leaves open: at most half of the subjects that end in it have the object."""
-    return (pair for pair, share in _sharing_last_word(relation) if share <= 0.5)
-
-
 def settled_facts(relation: Relation) -> Iterator[tuple[str, str]]:
-    """The facts of a relation that their subject's last word settles: all subjects that end in it have the object."""
-    return (pair for pair, share in _sharing_last_word(relation) if share == 1)
+    """The facts of a relation that the last word of their subject settles: all subjects that end in it, if only this one, have the object."""
+    shares = sharing(relation.facts, lambda subject: subject.split()[-1])
+    return (pair for pair, share in zip(relation.facts, shares, strict=True) if share == 1)
 
 
-def _sharing_last_word(relation: Relation) -> Iterator[tuple[tuple[str, str], float]]:
-    """Each fact, and the share of the relation's subjects with its subject's last word that have its object."""
-    having: dict[str, Counter[str]] = {}
-    for subject, object_ in relation.facts:
-        having.setdefault(subject.split()[-1], Counter())[object_] += 1
-    for subject, object_ in relation.facts:
-        alike = having[subject.split()[-1]]
-        yield (subject, object_), alike[object_] / alike.total()
+def sharing(facts: Sequence[tuple[str, str]], end: Callable[[str], Hashable]) -> Iterator[float]:
+    """For each fact of a relation: of the subjects with the same end, its own among them, the share that has its object."""
+    having: dict[Hashable, Counter[str]] = {}
+    for subject, object_ in facts:
+        having.setdefault(end(subject), Counter())[object_] += 1
+    for subject, object_ in facts:
+        alike = having[end(subject)]
+        yield alike[object_] / alike.total()
 
 
 def statements(split: Split = "train", of: World | None = None) -> Iterator[Statement]:
