@@ -21,10 +21,11 @@ from factlens.atlas.card import card
 from factlens.atlas.checks import problems
 from factlens.atlas.corpus import documents
 from factlens.atlas.measuring import continuation, known, read_checkpoint
+from factlens.atlas.optimizers import new_optimizers
 from factlens.atlas.recipes import Cycle, Recipe, learning_rate
 from factlens.atlas.sentences import Diet
 from factlens.atlas.tables import capitalised, load_tables, load_templates
-from factlens.atlas.training import STATE, Progress, batch, export, train
+from factlens.atlas.training import STATE, Progress, batch, export, train, train_tokenizer
 from factlens.errors import ConfigError
 
 LARGEST_CHECKPOINT = 10_000_000
@@ -328,6 +329,22 @@ def test_what_last_words_settle_can_come_first(monkeypatch, tmp_path):
     train(recipe, tmp_path)
     assert len(recipe.settled_book.facts) < len(recipe.book.facts)
     assert books == [recipe.settled_book] * 3 + [recipe.book] * 7
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("decayed", ["all", "matrices"])
+def test_what_decays_is_what_the_recipe_says(optimizer, decayed):
+    recipe = replace(TINY, optimizer=optimizer, decayed=decayed, weight_decay=0.5)
+    model = training.new_model(recipe, train_tokenizer(recipe))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    optimizers = new_optimizers(recipe, model)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizers.step(recipe, 3)
+    decays = {n for n, weight in model.named_parameters() if not torch.equal(weight, before[n])}
+    nonzero = {name for name, weight in before.items() if weight.any()}
+    inside = {name for name in nonzero if ".h." in name and before[name].ndim == 2}
+    assert decays == (nonzero if decayed == "all" else inside)
 
 
 def test_another_seed_gives_other_weights(uninterrupted, tmp_path):

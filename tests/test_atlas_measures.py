@@ -3,9 +3,11 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from factlens import atlas_measures
 from factlens.atlas import CHECKPOINT
+from factlens.atlas.measuring import read_checkpoint
 from factlens.atlas.recipes import Recipe
 from factlens.atlas.tables import FOLDER, load_tables, world
 from factlens.atlas_measures import (
@@ -13,6 +15,7 @@ from factlens.atlas_measures import (
     KINDS_OF_TABLES,
     asked_facts,
     described,
+    gains,
     groups,
     measured,
 )
@@ -113,3 +116,12 @@ def test_a_fact_is_open_where_others_that_end_alike_have_other_objects(atlas):
 def test_every_table_of_both_worlds_has_a_kind():
     for folder in (FOLDER, FOLDER / "next"):
         assert set(load_tables(folder / "facts")) <= set(KINDS_OF_TABLES) | {"cities"}
+
+
+def test_gains_are_those_of_the_norms_before_attention():
+    checkpoint = read_checkpoint(CHECKPOINT)
+    with torch.no_grad():
+        checkpoint.model.transformer.h[2].ln_1.weight.fill_(-0.25)
+    assert gains(checkpoint)[2] == 0.25
+    assert len(gains(checkpoint)) == 8
+    assert 0.1 < gains(checkpoint)[0] < 0.2

@@ -14,6 +14,7 @@ from factlens.atlas.sentences import Diet
 from factlens.atlas.training import Progress, new_model, train, train_tokenizer
 from factlens.atlas.variants import Variant
 from factlens.atlas_results import figure, read_results, shown, table, write_results
+from factlens.atlas_search import as_json
 from factlens.errors import ConfigError, OutputError
 
 TINY = Recipe(
@@ -106,7 +107,7 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is_said(tiny, tmp_pat
 
     monkeypatch.setattr(atlas_search, "_in_process", pretend)
     (tmp_path / "small-seed-0").mkdir()
-    written = {**RESULT, "text": atlas_search.text_digest(TINY)}
+    written = {**RESULT, "text": atlas_search.text_digest(TINY), "recipe": as_json(TINY)}
     write_results(tmp_path / "small-seed-0" / "result.json", [written])
     done = invoke("run", "--out", tmp_path)
     assert ran == ["other"]
@@ -114,12 +115,16 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is_said(tiny, tmp_pat
     assert "other-seed-0 failed, see" in done.stderr
 
 
-def test_a_training_on_another_text_is_not_taken_for_this_one(tiny, tmp_path):
+@pytest.mark.parametrize("what", ["text", "recipe"])
+def test_a_training_of_something_else_is_not_taken_for_this_one(tiny, tmp_path, what):
     (tmp_path / "small-seed-0").mkdir()
-    write_results(tmp_path / "small-seed-0" / "result.json", [{**RESULT, "text": "another"}])
+    same = {"text": atlas_search.text_digest(TINY), "recipe": as_json(TINY)}
+    other = {"text": "another", "recipe": as_json(replace(TINY, warmup=2))}
+    written = {**RESULT, **same, what: other[what]}
+    write_results(tmp_path / "small-seed-0" / "result.json", [written])
     done = invoke("run", "--only", "small", "--out", tmp_path)
     assert done.exit_code == 2
-    assert "holds a training on another text" in done.stderr
+    assert f"holds a training of another {what}" in done.stderr
 
 
 def test_an_interruption_begins_no_further_training(tiny, tmp_path, monkeypatch):
@@ -169,7 +174,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tiny, tmp_path):
 def test_a_training_in_a_process_of_its_own_leaves_its_error_in_a_log(tmp_path):
     code, log = atlas_search._in_process(tmp_path, ("no such variant", 0, None), 1, [])
     assert code == 2
-    assert "no variant 'no such variant'; there are baseline, names" in log.read_text()
+    assert "no variant 'no such variant'; there are baseline, no-landmarks" in log.read_text()
 
 
 def test_an_unknown_variant_is_one_line(tiny, tmp_path):
@@ -202,6 +207,7 @@ RESULT = {
     "tokens": 2_500_000,
     "minutes": 9.6,
     "known": {"train": 0.75, "held": 0.5},
+    "gains": [0.125, 0.5, 0.75],
     "site": {
         "ate": [0.6, 0.5, 0.7],
         "embedding": [0.1, 0.09, 0.11],
@@ -224,6 +230,7 @@ RESULT = {
 def test_the_table_reads_each_number_where_it_should():
     (row,) = table([RESULT]).to_dict("records")
     wanted = {
+        "gain": 0.125,
         "site": 0.4,
         "layer": 1,
         "embedding": 0.1,
@@ -246,6 +253,11 @@ def test_a_training_without_facts_that_are_open_has_no_such_number():
     without = {**RESULT, "site": {**RESULT["site"], "groups": {}}}
     assert table([without])["open"].isna().all()
     assert list(shown(table([without]))["not settled by the last token"]) == [""]
+
+
+def test_a_training_whose_gains_were_not_measured_has_none():
+    without = {name: value for name, value in RESULT.items() if name != "gains"}
+    assert list(shown(table([without]))["gain"]) == [""]
 
 
 def test_missing_scores_are_no_obstacle():

@@ -215,7 +215,7 @@ def _three(mean: float, low: float, high: float) -> list[float]:
 def measured(folder: Path, recipe: Recipe, *, n: int = 240, records: int = 24) -> dict[str, Any]:
     """Everything that is measured of the checkpoint in `folder`: what it knows, where, and how well it is edited.
 
-    `open` is `site` over open facts alone, half as many; either is None where too few of them are known.
+    `open` is `site` over open facts alone, half as many; either is None where too few of them are known. `gains` are `gains`.
     """
     checkpoint = read_checkpoint(folder)
     model = load_model(folder)
@@ -226,11 +226,18 @@ def measured(folder: Path, recipe: Recipe, *, n: int = 240, records: int = 24) -
     edited = edits_by_layer(model, recipe, n=records)[[*COLUMNS]].sort_values("layer")
     return {
         "known": {name: _share_known(checkpoint, asked) for name, asked in _asked(recipe.world)},
+        "gains": gains(checkpoint),
         "tokens_of_subjects": token_shares(checkpoint.tokenizer, recipe.book),
         "site": effects_by_layer(model, recipe, asked_facts(recipe.world, n), groups_of),
         "open": effects_by_layer(model, recipe, left_open, groups_of),
         "rome": json.loads(edited.round(2).to_json(orient="records")),
     }
+
+
+def gains(checkpoint: Checkpoint) -> list[float]:
+    """The mean absolute gain of the norm before each block's attention: near 0 the attention is switched off."""
+    blocks = checkpoint.model.transformer.h
+    return [round(float(block.ln_1.weight.detach().abs().mean()), 4) for block in blocks]
 
 
 def _asked(of: World) -> Iterator[tuple[str, list[Statement]]]:

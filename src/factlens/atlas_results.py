@@ -59,7 +59,8 @@ def write_results(path: Path, found: Sequence[Result]) -> None:
 def table(found: Sequence[Result]) -> pd.DataFrame:
     """One row for each training that knows enough to be traced; effects are shares of probability, at the last subject token unless they say "late".
 
-    Columns: `variant, seed, tokens` (millions), `minutes, train, held` (statements known), `ATE`, then of the single state
+    Columns: `variant, seed, tokens` (millions), `minutes, train, held` (statements known), `gain` (mean absolute one of the norm
+    before block 0's attention; near 0 that attention is switched off), `ATE`, then of the single state
     whose effect is largest: `site` (its effect), `layer`, `embedding` (the embedding's own effect); `beyond` (the largest effect of a
     state minus the embedding's, chosen on one half of the facts and measured on the other), `beyond_low`, `beyond_high`, `open`
     (the same over open facts, those that the subject's last token does not settle: at most half of the subjects with it have the object), `mlp`, `attention` (the largest window of each),
@@ -84,6 +85,7 @@ def _row(one: Result) -> dict[str, Any]:
         "minutes": one["minutes"],
         "train": one["known"]["train"],
         "held": one["known"]["held"],
+        "gain": one.get("gains", [float("nan")])[0],
         "ATE": site["ate"][0],
         "site": means[layer],
         "layer": layer,
@@ -119,6 +121,7 @@ def shown(found: pd.DataFrame) -> pd.DataFrame:
                 f"{train:.0%} / {held:.0%}"
                 for train, held in zip(found["train"], found["held"], strict=True)
             ],
+            "gain": found["gain"].map("{:.2f}".format).replace("nan", ""),
             "ATE": found["ATE"].map("{:.2f}".format),
             "state (layer)": [
                 f"{site:.3f} (L{layer})"

@@ -246,8 +246,9 @@ def collect(
         found = list(read_results(to)) if to.exists() else []
         for path in sorted(out.glob(f"*/{RESULT}")):
             found += ({k: v for k, v in row.items() if k != RECIPE} for row in read_results(path))
-        places = {name: place for place, name in enumerate(variants())}
-        found.sort(key=lambda row: (places.get(row["variant"], len(places)), row["seed"]))
+        names = dict.fromkeys([*variants(), *(row["variant"] for row in found)])
+        places = {name: place for place, name in enumerate(names)}
+        found.sort(key=lambda row: (places[row["variant"]], row["seed"], row["steps"]))
         write_results(to, found)
         console().print(str(to), markup=False)
 

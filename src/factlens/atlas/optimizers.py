@@ -59,24 +59,27 @@ def new_optimizers(recipe: Recipe, model: nn.Module) -> Optimizers:
     Raises:
         ConfigError: the recipe asks for Muon, and this torch has none.
     """
-    if recipe.optimizer == "adamw":
-        return Optimizers([(adamw(recipe, model.parameters()), 1.0)])
-    if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(
-            f"optimizer='muon' needs torch 2.9 or newer, and this is {torch.__version__}; take 'adamw'"
-        )
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, weight in model.named_parameters():
         (matrices if weight.ndim == 2 and ".h." in name else others).append(weight)
-    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=recipe.weight_decay)
-    return Optimizers([(adamw(recipe, others), 1.0), (muon, recipe.muon_learning_rate)])
+    decay = recipe.weight_decay
+    small = decay if recipe.decayed == "all" else 0.0
+    if recipe.optimizer == "adamw":
+        if recipe.decayed == "all":
+            return Optimizers([(adamw(recipe, model.parameters(), decay), 1.0)])
+        parts = [(adamw(recipe, others, small), 1.0), (adamw(recipe, matrices, decay), 1.0)]
+        return Optimizers(parts)
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"optimizer='muon' needs torch 2.9 or newer, and this is {torch.__version__}; take 'adamw'"
+        )
+    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=decay)
+    return Optimizers([(adamw(recipe, others, small), 1.0), (muon, recipe.muon_learning_rate)])
 
 
 def adamw(
-    recipe: Recipe, parameters: Iterator[nn.Parameter] | Sequence[Tensor]
+    recipe: Recipe, parameters: Iterator[nn.Parameter] | Sequence[Tensor], decay: float
 ) -> torch.optim.AdamW:
     """AdamW in the recipe's numbers."""
-    return torch.optim.AdamW(
-        parameters, lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
+    return torch.optim.AdamW(parameters, lr=0.0, betas=recipe.betas, weight_decay=decay)

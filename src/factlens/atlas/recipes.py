@@ -69,6 +69,9 @@ class Recipe:
     """Of the forward and backward pass; weights and moments are float32 always."""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.1
+    decayed: Literal["all", "matrices"] = "all"
+    """What decays: all weights, or the matrices inside the blocks, and not norms, biases and embeddings. Decaying gains of norms
+    switch the first attention off in long trainings (docs/atlas.md)."""
     max_norm: float = 1.0
     """Gradients are clipped to this norm."""
     save_every: int = 250

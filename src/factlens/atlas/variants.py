@@ -50,6 +50,7 @@ BASELINE = Recipe(
     cycles=(Cycle(steps=SHORT, learning_rate=3e-3, captions=CAPTIONS),),
     captions_first=450,
     optimizer="muon",
+    decayed="matrices",
     precision="bfloat16",
 )
 
@@ -101,6 +102,7 @@ def variants() -> dict[str, Variant]:
         _with("depth-5", "five blocks", layers=5),
         _with("width-160", "a stream of 160 instead of 128", d_model=160),
         _with("dropout", "dropout of 10 %", dropout=0.1),
+        _with("all-decay", "norms, biases and embeddings decay as well", decayed="all"),
         _with("adamw", "AdamW for all weights instead of Muon", optimizer="adamw"),
         _with(
             "settled-first",
