@@ -62,7 +62,6 @@ def measure(
     numbers = QUICK if quick else NUMBERS
     with clear_errors(kept=out):
         check_writable(out)
-        out.mkdir(parents=True, exist_ok=True)
         with locked(out):
             _begin(out, numbers)
             _step(out, "layers/sweep.csv", _sweeping((), CLAMPS_OF_LAYERS, numbers["layers"]))
