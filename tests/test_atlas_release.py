@@ -22,6 +22,8 @@ from factlens.evaluation import evaluate, table
 from factlens.terminal import as_markdown
 
 ROOT = Path(__file__).parents[1]
+QUICKLY = {"moment": "identity", "steps": 4}
+"""Settings of edits whose quality does not matter."""
 DOCUMENTS = [ROOT / name for name in atlas_release.DOCUMENTS]
 
 
@@ -47,14 +49,14 @@ def folder(atlas, tmp_path_factory):
 
     made = tmp_path_factory.mktemp("release")
     atlas_release._begin(made, atlas_release.QUICK)
-    average(atlas, average_runs.facts(), out=made / "average", n=8, samples=1, part=4)
+    average(atlas, average_runs.facts(), out=made / "average", n=4, samples=1, part=2)
     records = counterfact(atlas, only=["language"])
     frames = [
-        evaluate(atlas, editor, records.test[:3], label=name, config=config)
+        evaluate(atlas, editor, records.test[:2], label=name, config=config)
         for name, editor, config in (
             ("none", None, None),
-            ("C = identity", rome, {"moment": "identity"}),
-            ("rome", rome, {}),
+            ("C = identity", rome, QUICKLY),
+            ("rome", rome, QUICKLY),
         )
     ]
     for name in ("edits", "layers", "clamps"):
@@ -62,8 +64,9 @@ def folder(atlas, tmp_path_factory):
     (made / "edits/step.json").write_text('{"command": "evaluate --n 3", "seconds": 90}')
     table(pd.concat(frames)).to_csv(made / "edits/table.csv", index=False)
     grid = {"layer": [0, 1], "max_norm_ratio": [1.5]}
+    swept = sweep(atlas, rome, records.tune[:2], grid, config=QUICKLY)
     for name in ("layers", "clamps"):
-        sweep(atlas, rome, records.tune[:2], grid).to_csv(made / name / "sweep.csv", index=False)
+        swept.to_csv(made / name / "sweep.csv", index=False)
     atlas_release._count_records(made / "records.csv")
     shutil.copy(CHECKPOINT / "report.json", made)
     return made
