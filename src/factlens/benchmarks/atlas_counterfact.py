@@ -37,7 +37,6 @@ IMPLIED = tuple(
         "continent country_region",
         "birthplace person_country",
         "person_country person_continent",
-        "hq company_country company_continent",
         "maker product_country",
         "author book_language book_country book_century",
         "director film_language film_country",
