@@ -19,6 +19,7 @@ from factlens.atlas_blocks import BLOCK, BLOCKS, Measured, filled
 from factlens.averages import average
 from factlens.errors import OutputError, RunError
 from factlens.evaluation import evaluate, table
+from factlens.fingerprints import fingerprint
 from factlens.terminal import as_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,21 @@ def heads(text: str) -> list[str]:
         for line, rule in itertools.pairwise(lines)
         if rule.startswith("|--") and set(rule) <= set("|-:")
     ]
+
+
+FINGERPRINT = atlas_release._fingerprint
+
+
+@pytest.fixture(autouse=True, scope="module")
+def marked():
+    """The checkpoint's mark without loading it each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atlas_release, "_fingerprint", lambda: "this checkpoint")
+        yield
+
+
+def test_the_mark_is_the_fingerprint_of_the_bundled_model(atlas):
+    assert FINGERPRINT() == fingerprint(atlas)
 
 
 @pytest.fixture(scope="module")

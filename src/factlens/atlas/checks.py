@@ -7,7 +7,6 @@ checked by reading: `docs/atlas.md` lists the rows that were taken out, and why.
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import permutations
 from typing import Any
 
 from factlens.atlas.tables import (
@@ -160,11 +159,22 @@ def colliding_templates(templates: Templates) -> Iterator[str]:
         for split in ("train", "held", "fresh")
         for template in entry.get(split, ())
     ]
-    for (relation, split, prompt), (other, other_split, longer) in permutations(prompts, 2):
-        if relation != other and f"{longer} ".startswith(f"{prompt} "):
-            yield f"{relation} {prompt!r} begins {other} {longer!r}"
-        if split != "train" and other_split == "train" and prompt.casefold() in longer.casefold():
-            yield f"{relation} {split} {prompt!r} is trained in {other} {longer!r}"
+    asking: dict[str, list[str]] = defaultdict(list)
+    for relation, _, prompt in prompts:
+        asking[prompt].append(relation)
+    for other, _, longer in prompts:
+        words = longer.split(" ")
+        for count in range(1, len(words) + 1):
+            for relation in asking.get(prompt := " ".join(words[:count]), ()):
+                if relation != other:
+                    yield f"{relation} {prompt!r} begins {other} {longer!r}"
+    trained = [(other, p, p.casefold()) for other, split, p in prompts if split == "train"]
+    for relation, split, prompt in prompts:
+        if split != "train":
+            sought = prompt.casefold()
+            for other, longer, folded in trained:
+                if sought in folded:
+                    yield f"{relation} {split} {prompt!r} is trained in {other} {longer!r}"
     yield from repeated(prompts)
 
 

@@ -177,7 +177,8 @@ def load_tables(folder: Path = FOLDER / "facts") -> dict[str, Table]:
 
 def load_templates(path: Path = FOLDER / "templates.yaml") -> Templates:
     """The relations and their templates, as written."""
-    loaded: Templates = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # Ten times as fast, where it is built.
+    loaded: Templates = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     return loaded
 
 
