@@ -164,7 +164,9 @@ def figure(found: Sequence[Result]) -> "go.Figure":
     panels = make_subplots(
         rows=rows,
         cols=min(ACROSS, len(found)),
-        subplot_titles=[escape(f"{one['variant']}, seed {one['seed']}") for one in found],
+        subplot_titles=[
+            escape(f"{one['variant']}, {one['seed']}, {one['tokens'] / 1e6:.1f} M") for one in found
+        ],
         shared_yaxes=True,
         horizontal_spacing=0.03,
         vertical_spacing=0.25 / rows if rows > 1 else 0.0,
@@ -179,7 +181,7 @@ def figure(found: Sequence[Result]) -> "go.Figure":
         height=PANEL[1] * rows + 120,
         template="plotly_white",
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1 + 0.3 / rows},
-        title="Indirect effect at the last subject token, by layer",
+        title="Indirect effect at the last subject token, by layer (variant, seed, tokens)",
     )
     return panels
 
