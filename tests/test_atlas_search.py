@@ -288,8 +288,8 @@ def test_the_figure_has_a_panel_for_each_training_and_escapes_its_name():
     drawn = figure([RESULT, {**RESULT, "variant": "<b>other"}])
     assert len(drawn.data) == 8
     assert [note.text for note in drawn.layout.annotations] == [
-        "small, seed 2",
-        "&lt;b&gt;other, seed 2",
+        "small, 2, 2.5 M",
+        "&lt;b&gt;other, 2, 2.5 M",
     ]
     assert list(drawn.data[0].y) == [0.2, 0.4, 0.0]
 
