@@ -59,13 +59,16 @@ def test_the_mark_is_the_fingerprint_of_the_bundled_model(atlas):
 
 @pytest.fixture(scope="module")
 def folder(atlas, tmp_path_factory):
-    """What `measure` leaves, of few facts and records, with every study."""
+    """What `measure` leaves, of few facts, records and studies."""
     from factlens import counterfact, rome
     from factlens.sweeps import sweep
 
     made = tmp_path_factory.mktemp("release")
     atlas_release._begin(made, atlas_release.QUICK)
-    average(atlas, average_runs.facts(), out=made / "average", n=4, samples=1, part=2)
+    some = ["replace", "attribution patching"]
+    average(
+        atlas, average_runs.facts(), out=made / "average", n=4, samples=1, part=2, variants=some
+    )
     records = counterfact(atlas, only=["language"])
     frames = [
         evaluate(atlas, editor, records.test[:2], label=name, config=config)
