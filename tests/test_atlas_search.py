@@ -9,12 +9,11 @@ from typer.testing import CliRunner
 
 from factlens import atlas_measures, atlas_search
 from factlens.atlas.optimizers import new_optimizers
-from factlens.atlas.recipes import Cycle, Recipe
+from factlens.atlas.recipes import Cycle, Recipe, as_json
 from factlens.atlas.sentences import Diet
 from factlens.atlas.training import Progress, new_model, train, train_tokenizer
 from factlens.atlas.variants import Variant
 from factlens.atlas_results import figure, read_results, shown, table, write_results
-from factlens.atlas_search import as_json
 from factlens.errors import ConfigError, OutputError
 
 TINY = Recipe(

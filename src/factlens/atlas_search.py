@@ -7,19 +7,18 @@ python -m factlens.atlas_search show docs/atlas-search.jsonl --figure search.png
 """
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from factlens.atlas.corpus import documents
-from factlens.atlas.recipes import Recipe, shortened
+from factlens.atlas.recipes import Recipe, as_json, shortened
 from factlens.atlas.variants import variants
 from factlens.atlas_results import read_results, write_results
 from factlens.commands.shared import check_writable, clear_errors
@@ -225,12 +224,6 @@ def finished(folder: Path, recipe: Recipe) -> bool:
                 f"{folder} holds a training of another {what}; remove it, or give another --out"
             )
     return True
-
-
-def as_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a file holds it."""
-    found: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
-    return found
 
 
 # -- results ---------------------------------------------------------------------------------------

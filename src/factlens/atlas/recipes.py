@@ -1,9 +1,10 @@
 """The numbers of a training, and its learning rate."""
 
+import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from factlens.atlas.books import FactBook, fact_book, settled_book
 from factlens.atlas.corpus import writers
@@ -156,3 +157,9 @@ def shortened(recipe: Recipe, steps: int) -> Recipe:
         settled_first=round(recipe.settled_first * factor),
         grow_after=round(recipe.grow_after * factor),
     )
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a file holds it, to be compared with one that was read."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    return found

@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from factlens.atlas.books import FactBook
 from factlens.atlas.corpus import document, documents
 from factlens.atlas.optimizers import Optimizers, new_optimizers
-from factlens.atlas.recipes import Recipe, cycle_at
+from factlens.atlas.recipes import Recipe, as_json, cycle_at
 from factlens.errors import RunError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -235,7 +235,7 @@ def save_state(
     tensors = {f"weight.{name}": weight.detach() for name, weight in model.named_parameters()}
     tensors |= {f"{MOMENT}{name}": value for name, value in optimizers.moments()}
     tensors["random"] = torch.get_rng_state()
-    note = {"recipe": asdict(recipe), "reached": asdict(reached)}
+    note = {"recipe": as_json(recipe), "reached": asdict(reached)}
     draft = path.with_suffix(".draft")
     save_file(
         {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
@@ -254,7 +254,7 @@ def load_state(
     with safe_open(path, "pt") as file:
         note = json.loads(file.metadata()["training"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if note["recipe"] != json.loads(json.dumps(asdict(recipe))):
+    if note["recipe"] != as_json(recipe):
         raise RunError(
             f"{path} was made by another recipe; take another folder, or remove this one to start again"
         )
