@@ -347,6 +347,17 @@ def test_what_decays_is_what_the_recipe_says(optimizer, decayed):
     assert decays == (nonzero if decayed == "all" else inside)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fixed_gains_stay_at_one_and_learned_ones_do_not(optimizer, tmp_path):
+    for gains, stay in (("learned", False), ("fixed", True)):
+        recipe = replace(TINY, gains=gains, optimizer=optimizer, decayed="matrices")
+        train(recipe, tmp_path / gains)
+        norms = {n: w for n, w in state(tmp_path / gains).items() if ".ln_" in n}
+        norms = {name: weight for name, weight in norms.items() if name.endswith("weight")}
+        assert len(norms) == 2 * TINY.layers + 1
+        assert all(bool((weight == 1).all()) == stay for weight in norms.values())
+
+
 def test_another_seed_gives_other_weights(uninterrupted, tmp_path):
     train(replace(TINY, seed=1), tmp_path)
     name = "weight.transformer.h.0.mlp.c_fc.weight"

@@ -73,6 +73,8 @@ class Recipe:
     decayed: Literal["all", "matrices"] = "all"
     """What decays: all weights, or the matrices inside the blocks, and not norms, biases and embeddings. Decaying gains of norms
     switch the first attention off in long trainings (docs/atlas.md)."""
+    gains: Literal["learned", "fixed"] = "learned"
+    """Gains of the norms; fixed ones stay at 1."""
     max_norm: float = 1.0
     """Gradients are clipped to this norm."""
     save_every: int = 250

@@ -158,6 +158,10 @@ def new_model(recipe: Recipe, tokenizer: Tokenizer) -> GPT2LMHeadModel:
         eos_token_id=end,
     )
     model = GPT2LMHeadModel(config)
+    if recipe.gains == "fixed":
+        for part in model.modules():
+            if isinstance(part, torch.nn.LayerNorm):
+                part.weight.requires_grad_(False)
     if recipe.grow_after:
         for block in model.transformer.h[recipe.first_layers :]:
             # Blocks that are put on top change nothing at first.
