@@ -84,7 +84,7 @@ def statement(random: Random, diet: Diet, fact: KnownFact) -> str:
     template = random.choice(fact.relation.train)
     stated = state(fact.relation.name, template, fact.subject, fact.object)
     sentence = f"{stated.prompt} {stated.object}."
-    if random.random() >= diet.lead_in or template.startswith("Question"):
+    if random.random() >= diet.lead_in or any(mark in template for mark in "?:"):
         return sentence
     if template.startswith("{s}"):
         sentence = fact.subject + sentence[len(stated.subject) :]

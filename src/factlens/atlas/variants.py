@@ -4,14 +4,13 @@ place of a fifth of the captions).
 `python -m factlens.atlas_search` runs them; docs/atlas.md shows what came of it, and of an earlier search on a world of more subjects with fewer facts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from factlens.atlas.recipes import Cycle, Recipe
 from factlens.atlas.sentences import Diet
 
-CAPTIONS = 0.6
-"""Share of the baseline's documents."""
 SHARE = 0.2
 """Of the documents, where others take the place of captions."""
 SHORT = 3000
@@ -47,7 +46,10 @@ BASELINE = Recipe(
     vocabulary=6000,
     diet=DIET,
     rows=8,
-    cycles=(Cycle(steps=SHORT, learning_rate=3e-3, captions=CAPTIONS),),
+    cycles=(
+        Cycle(steps=SHORT * 2 // 3, learning_rate=3e-3, captions=0.6),
+        Cycle(steps=SHORT // 3, learning_rate=1.5e-3, captions=0.3),
+    ),
     captions_first=450,
     optimizer="muon",
     decayed="matrices",
@@ -85,8 +87,16 @@ def variants() -> dict[str, Variant]:
         ),
         _with("heads-1", "one attention head a block instead of four", heads=1),
         _with("heads-2", "two attention heads a block", heads=2),
-        _with("captions-30", "captions 30 % of the documents instead of 60 %", captions=0.3),
-        _with("captions-78", "captions 78 % of the documents", captions=0.78),
+        _with(
+            "captions-30",
+            "captions 30 % of the documents throughout",
+            **_captions(lambda share: 0.3),
+        ),
+        _with(
+            "captions-78",
+            "captions 78 % of the documents throughout",
+            **_captions(lambda share: 0.78),
+        ),
         _with("captions-late", "no stretch of captions alone at the beginning", captions_first=0),
         _with(
             "captions-first", "captions alone for 40 % of the steps", captions_first=SHORT * 2 // 5
@@ -103,6 +113,7 @@ def variants() -> dict[str, Variant]:
         _with("width-160", "a stream of 160 instead of 128", d_model=160),
         _with("dropout", "dropout of 10 %", dropout=0.1),
         _with("all-decay", "norms, biases and embeddings decay as well", decayed="all"),
+        _with("fixed-gains", "gains of the norms that stay at 1", gains="fixed"),
         _with("adamw", "AdamW for all weights instead of Muon", optimizer="adamw"),
         _with(
             "settled-first",
@@ -149,15 +160,17 @@ def _instead(name: str, about: str, **diet: Any) -> Variant:
     return _with(
         name,
         f"a fifth of the documents {about}, in the place of captions",
-        captions=CAPTIONS - SHARE,
         diet=replace(DIET, **diet),
+        **_captions(lambda share: round(share - SHARE, 2)),
     )
 
 
-def _with(name: str, about: str, *, captions: float | None = None, **changed: Any) -> Variant:
+def _captions(changed: Callable[[float], float]) -> dict[str, Any]:
+    """The baseline's cycles with another share of captions."""
+    cycles = BASELINE.cycles
+    return {"cycles": tuple(replace(one, captions=changed(one.captions)) for one in cycles)}
+
+
+def _with(name: str, about: str, **changed: Any) -> Variant:
     """The baseline with something changed."""
-    recipe = replace(BASELINE, **changed)
-    if captions is not None:
-        cycles = tuple(replace(cycle, captions=captions) for cycle in recipe.cycles)
-        recipe = replace(recipe, cycles=cycles)
-    return Variant(name, about, recipe)
+    return Variant(name, about, replace(BASELINE, **changed))
