@@ -1,6 +1,7 @@
 """Scores of an edit from log-probabilities (ROME, Section 3.3; the official CounterFact metrics), and how they are measured.
 
-Every target is teacher-forced after its prompt and scored by its mean negative log-probability per token, in nats.
+Every target is teacher-forced after its prompt and scored by its mean negative log-probability per token, in nats; for zsRE
+(Section 3.2) by the share of its tokens that rank first.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,14 @@ BATCH = 64
 def mean_nll(logprobs: Float[Tensor, " token"]) -> float:
     """Mean negative log-probability per token of one target, in nats."""
     return -float(logprobs.double().mean())
+
+
+def token_accuracy(hits: Bool[Tensor, " token"]) -> float:
+    """Share of a target's tokens that rank first, each after the true ones before it; NaN without tokens.
+
+    The paper words zsRE's accuracy for the whole object, I[o* = argmax P]; its code, and so its numbers, count single tokens.
+    """
+    return float(hits.double().mean())
 
 
 def success(wanted: Float[Tensor, " prompt"], other: Float[Tensor, " prompt"]) -> float:
@@ -68,6 +77,8 @@ class Scored:
     """Mean negative log-probability per token, in nats."""
     ranked_first: Bool[Tensor, " pair"]
     """Whether greedy continuation spells the target: each of its tokens ranks first in its turn."""
+    hits: tuple[Bool[Tensor, " _"], ...]
+    """For each pair, which tokens of its target rank first, each after the true ones before it."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +104,17 @@ def score(model: Model, pairs: Sequence[tuple[str, str]]) -> Scored:
         key=lambda row: (len(row.ids), row.ids),
     )
     nll = torch.empty(len(rows))
-    first = torch.empty(len(rows), dtype=torch.bool)
+    hits: dict[int, Bool[Tensor, " token"]] = {}
     for start in range(0, len(rows), BATCH):
         chunk = rows[start : start + BATCH]
         for row, logits in zip(chunk, _logits(model, chunk), strict=True):
             answer = torch.tensor(row.targets)
             logprobs = logits.log_softmax(dim=-1).gather(1, answer[:, None])[:, 0]
             nll[row.pair] = mean_nll(logprobs)
-            first[row.pair] = bool((logits.argmax(dim=-1) == answer).all())
-    return Scored(nll, first)
+            hits[row.pair] = logits.argmax(dim=-1) == answer
+    listed = tuple(hits[pair] for pair in range(len(rows)))
+    first = torch.tensor([bool(each.all()) for each in listed], dtype=torch.bool)
+    return Scored(nll, first, listed)
 
 
 def _row(model: Model, pair: tuple[str, str], number: int) -> _Row:

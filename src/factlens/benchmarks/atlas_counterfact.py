@@ -4,8 +4,7 @@ A pure function of the tables, the seed and, where one is given, the model. What
 does not depend on which others there are.
 """
 
-import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,8 +14,9 @@ from factlens import metrics
 from factlens.atlas import Relation
 from factlens.atlas.tables import Split, World, state, world
 from factlens.benchmarks.counterfact import Record, Target
+from factlens.benchmarks.draws import digest, drawn, new_object, numbered
+from factlens.benchmarks.draws import is_tuned as is_tuned
 from factlens.engines.problems import Progress, no_progress
-from factlens.errors import FactError
 from factlens.facts import Fact
 from factlens.models import Model
 
@@ -25,8 +25,6 @@ NEIGHBOURS = 3
 PROMPTS = 10
 """At most so many neighbourhood, attribute and generation prompts, as in CounterFact."""
 PARAPHRASES = 2
-TUNED = 4
-"""One subject of so many is for choosing a layer and a clamp, the others for testing them."""
 IMPLIED = tuple(
     frozenset(group.split())
     for group in (
@@ -59,7 +57,6 @@ IMPLIED = tuple(
 """Groups of relations of which a new object of one can make another's false by right: they say nothing of one another's retention."""
 ASKED = 256
 """Records whose targets are scored between two reports of progress."""
-_SEPARATOR = "\x1f"
 
 FEW_NEIGHBOURS = f"fewer than {NEIGHBOURS} other subjects have the object"
 NO_OTHER = "the relation has no other object for it"
@@ -91,11 +88,6 @@ class Records:
         return iter(self.records)
 
 
-def is_tuned(subject: str) -> bool:
-    """Whether the subject's records are for choosing; the same with and without a capital."""
-    return int(_digest("split", subject.casefold())[:8], 16) % TUNED == 0
-
-
 def counterfact(
     model: Model | None = None,
     *,
@@ -118,7 +110,7 @@ def counterfact(
     """
     kept: list[Record] = []
     dropped: list[tuple[str, str]] = []
-    for number, relation, subject, object_ in _numbered(of or world(), only):
+    for number, relation, subject, object_ in numbered(of or world(), only):
         made = _record(relation, subject, object_, number, str(seed))
         if isinstance(made, Record):
             kept.append(made)
@@ -130,7 +122,7 @@ def counterfact(
         kept = [each for each in kept if each.case_id not in likelier]
     counts = pd.DataFrame(dropped, columns=["relation", "reason"])
     table = counts.groupby(["relation", "reason"], sort=True).size().reset_index(name="n")
-    kept.sort(key=lambda each: _digest(str(seed), "order", str(each.case_id)))
+    kept.sort(key=lambda each: digest(str(seed), "order", str(each.case_id)))
     return Records(tuple(kept), table)
 
 
@@ -177,7 +169,7 @@ def implied(one: str, other: str) -> bool:
 def _asked(record: Record, relation: Relation, subject: str, object_: str, split: Split) -> Fact:
     """One of the subject's other facts in a sentence of the split."""
     templates = relation.templates(split)
-    template = _drawn(templates, "other", split, str(record.case_id), relation.name)[0]
+    template = drawn(templates, "other", split, str(record.case_id), relation.name)[0]
     stated = state(relation.name, template, subject, object_)
     identity = f"{relation.name}/{subject}/{split}"
     return Fact(stated.prompt, stated.subject, object_, relation.name, identity)
@@ -192,11 +184,11 @@ def _record(relation: Relation, subject: str, object_: str, number: int, seed: s
     neighbours = [name for name in _having(relation, object_) if name != subject]
     if len(neighbours) < NEIGHBOURS:
         return FEW_NEIGHBOURS
-    new = _new_object(relation, subject, object_, mark)
+    new = new_object(relation, subject, object_, mark)
     if new is None:
         return NO_OTHER
-    template, *others = _drawn(relation.train, *mark, "prompt")
-    held = _drawn(relation.held, *mark, "paraphrase")[:PARAPHRASES]
+    template, *others = drawn(relation.train, *mark, "prompt")
+    held = drawn(relation.held, *mark, "paraphrase")[:PARAPHRASES]
     return Record(
         case_id=number,
         pararel_idx=relation.train.index(template),
@@ -212,32 +204,15 @@ def _record(relation: Relation, subject: str, object_: str, number: int, seed: s
     )
 
 
-def _new_object(
-    relation: Relation, subject: str, object_: str, mark: tuple[str, ...]
-) -> str | None:
-    """Another object of the relation that is not true of the subject, and not the true one in longer or shorter words."""
-    true = {o for s, o in relation.facts if s.casefold() == subject.casefold()} | {object_}
-    objects = {o for _, o in relation.facts}
-    for one in true:
-        objects -= _overlapping(one, objects)
-    drawn = _drawn(sorted(objects), *mark, "new object")
-    return drawn[0] if drawn else None
-
-
-def _overlapping(one: str, objects: Iterable[str]) -> set[str]:
-    """Those in whose words the one stands, or that stand in its own: `dollar` and `Canadian dollar`."""
-    padded = f" {one.casefold()} "
-    return {o for o in objects if (has := f" {o.casefold()} ") in padded or padded in has}
-
-
 def _asked_of(
     relation: Relation, subjects: Sequence[str], mark: tuple[str, ...]
 ) -> tuple[str, ...]:
     """The relation asked of up to ten of the subjects, each in a training sentence of its own."""
-    asked = _drawn(subjects, *mark)[:PROMPTS]
-    drawn = {each: int(_digest(*mark, "template", each), 16) for each in asked}
+    asked = drawn(subjects, *mark)[:PROMPTS]
+    places = {each: int(digest(*mark, "template", each), 16) for each in asked}
     return tuple(
-        _prompt(relation, relation.train[drawn[each] % len(relation.train)], each) for each in asked
+        _prompt(relation, relation.train[places[each] % len(relation.train)], each)
+        for each in asked
     )
 
 
@@ -268,30 +243,5 @@ def _likelier(model: Model, records: Sequence[Record], progress: Progress) -> se
 # -- the tables ------------------------------------------------------------------------------------
 
 
-def _numbered(of: World, only: Collection[str] | None) -> Iterator[tuple[int, Relation, str, str]]:
-    """Every fact of the relations, with its number in the tables, whichever relations are taken.
-
-    Raises:
-        FactError: no such relation.
-    """
-    known = [relation.name for relation in of.relations]
-    if unknown := set(only or ()) - set(known):
-        raise FactError(f"no relation {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    facts = ((relation, *pair) for relation in of.relations for pair in relation.facts)
-    for number, (relation, subject, object_) in enumerate(facts):
-        if only is None or relation.name in only:
-            yield number, relation, subject, object_
-
-
 def _having(relation: Relation, object_: str) -> list[str]:
     return [subject for subject, found in relation.facts if found == object_]
-
-
-def _drawn(items: Sequence[str], *mark: str) -> list[str]:
-    """The items in an order that depends on nothing but them and the mark."""
-    start = _SEPARATOR.join((*mark, ""))
-    return sorted(items, key=lambda item: hashlib.sha256(f"{start}{item}".encode()).digest())
-
-
-def _digest(*words: str) -> str:
-    return hashlib.sha256(_SEPARATOR.join(words).encode()).hexdigest()

@@ -1,13 +1,12 @@
 """CounterFact records in the official JSON form (ROME, Section 3.3 and Appendix D): read, written, and as rewrites."""
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from factlens.benchmarks.record_files import read, texts, value, write
 from factlens.errors import FactError, FactFileError
 from factlens.facts import Rewrite
-from factlens.files import written_whole
 
 PROMPTS = (
     "paraphrase_prompts",
@@ -16,7 +15,6 @@ PROMPTS = (
     "generation_prompts",
 )
 """The record's lists of whole prompts, by their official names."""
-_KINDS = {str: "text", int: "a whole number", dict: "keys and values", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -91,86 +89,33 @@ def read_records(
     Raises:
         FactFileError: with the record's number, the key, and what was expected there.
     """
-    path = Path(path)
-    rows = _rows(path)
-    records = []
-    for number, row in enumerate(rows):
-        try:
-            records.append(_record(row, f"{path}, record {number}"))
-        except FactFileError as error:
-            if on_bad_row is None:
-                raise
-            on_bad_row(str(error))
-    if not records:
-        raise FactFileError(f"{path} holds no records that can be used")
-    return records
+    return read(Path(path), _record, like="counterfact.json", on_bad_row=on_bad_row)
 
 
 def write_records(records: Iterable[Record], path: str | Path) -> None:
     """Write records in the official form, which `read_records` and the official code read."""
-    rows = [record.to_json() for record in records]
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write((record.to_json() for record in records), path)
 
 
-def _rows(path: Path) -> list[object]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise FactFileError(f"cannot read the records {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise FactFileError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise FactFileError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    except RecursionError:
-        raise FactFileError(f"{path} is nested too deeply to be a list of records") from None
-    if not isinstance(rows, list):
-        raise FactFileError(f"{path} must hold a list of records, as counterfact.json does")
-    return rows
-
-
-def _record(row: object, where: str) -> Record:
-    rewrite = _get(row, "requested_rewrite", dict, where)
+def _record(row: object, number: int, where: str) -> Record:
+    rewrite = value(row, "requested_rewrite", dict, where)
     inside = f"{where}, requested_rewrite"
-    lists = {name: _prompts(row, name, where) for name in PROMPTS}
-    try:
-        return Record(
-            case_id=_get(row, "case_id", int, where),
-            pararel_idx=_get(row, "pararel_idx", int, where),
-            prompt=_get(rewrite, "prompt", str, inside),
-            relation_id=_get(rewrite, "relation_id", str, inside),
-            target_new=_target(rewrite, "target_new", inside),
-            target_true=_target(rewrite, "target_true", inside),
-            subject=_get(rewrite, "subject", str, inside),
-            **lists,
-        )
-    except FactError as error:
-        raise FactFileError(f"{where}: {error}") from None
-
-
-def _get(row: object, key: str, kind: type, where: str):  # type: ignore[no-untyped-def]
-    """The value of `key`, of the type that it must have."""
-    if not isinstance(row, Mapping):
-        raise FactFileError(f"{where}: {row!r} is no record of named values")
-    if key not in row:
-        raise FactFileError(f"{where}: no {key}; it has {', '.join(map(str, row)) or 'nothing'}")
-    value = row[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise FactFileError(f"{where}: {key} must be {_KINDS[kind]}, not {value!r}")
-    return value
+    lists = {name: texts(row, name, where) for name in PROMPTS}
+    return Record(
+        case_id=value(row, "case_id", int, where),
+        pararel_idx=value(row, "pararel_idx", int, where),
+        prompt=value(rewrite, "prompt", str, inside),
+        relation_id=value(rewrite, "relation_id", str, inside),
+        target_new=_target(rewrite, "target_new", inside),
+        target_true=_target(rewrite, "target_true", inside),
+        subject=value(rewrite, "subject", str, inside),
+        **lists,
+    )
 
 
 def _target(rewrite: object, key: str, where: str) -> Target:
-    found = _get(rewrite, key, dict, where)
-    text = _get(found, "str", str, f"{where}, {key}")
+    found = value(rewrite, key, dict, where)
+    text = value(found, "str", str, f"{where}, {key}")
     if not text.strip():
         raise FactFileError(f"{where}, {key}: str is empty; name the object")
-    return Target(text, _get(found, "id", str, f"{where}, {key}"))
-
-
-def _prompts(row: object, key: str, where: str) -> tuple[str, ...]:
-    found = _get(row, key, list, where)
-    for number, prompt in enumerate(found):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise FactFileError(f"{where}: {key}[{number}] must be text, not {prompt!r}")
-    return tuple(found)
+    return Target(text, value(found, "id", str, f"{where}, {key}"))
