@@ -15,7 +15,9 @@ from test_metrics import one_by_one
 from test_rome import moment_of, quick, relative, rewrite_of
 from test_tails import assert_tails_agree
 
-from factlens import Edit, Fact, applied, fingerprint, load_model, models, runs, trace
+from factlens import Edit, Fact, applied, export, fingerprint, load_model, models, runs, trace
+from factlens.editors.attention import attn_edit
+from factlens.editors.fine_tuning import ft
 from factlens.editors.rome import rome
 from factlens.engines.one_pass import run_one_pass
 from factlens.engines.plain import run_plain
@@ -237,6 +239,37 @@ def test_an_edit_is_the_bridges_and_each_fits_the_other(build, family, family_fo
         ours, theirs = (runs.logits_of(each, TOKENS).log_softmax(-1) for each in (model, bridge))
     assert (ours - theirs).abs().max() < 1e-3 < 1e-2 < (ours - clean).abs().max()
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("family", "editor"), [("gpt2", ft), ("gpt2", attn_edit), ("gptj", attn_edit)]
+)
+def test_fine_tuning_is_the_bridges(build, family, family_folder, tmp_path, editor):
+    # GPT-2 with biases that are not zero; GPT-J's attention has none.
+    folder = ORACLE / "model" if family == "gpt2" else family_folder(family)
+    lens, bridge = build(family, folder=folder), load_model(folder)
+    numbers = {"layer": 1, "steps": 3, "learning_rate": 1e-3}
+    one, other = (editor(model, rewrite_of(), numbers) for model in (lens, bridge))
+    assert set(one.changes) == set(other.changes)
+    before = one.info["results"][0]["loss_first"]
+    assert one.info["results"][0]["loss_last"] < before - 0.05
+    losses = (edit.info["results"][0]["losses"]["loss"] for edit in (one, other))
+    np.testing.assert_allclose(*losses, atol=1e-4)
+    for name, change in one.changes.items():
+        if not name.endswith("b_K"):  # Its gradient is rounding.
+            assert relative(change.dense(), other.changes[name].dense()) < 1e-2, name
+    tokens = torch.tensor([[5, 9, 2, 7]])
+    with applied(lens, one), applied(bridge, one):
+        wanted = runs.logits_of(bridge, tokens)
+        torch.testing.assert_close(runs.logits_of(lens, tokens), wanted, atol=1e-4, rtol=1e-4)
+    exported = load_model(export(lens, tmp_path / "out", one, base=folder))
+    torch.testing.assert_close(runs.logits_of(exported, tokens), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_that_share_keys_are_refused_where_they_are_stored_repeated(build):
+    with pytest.raises(EditError, match=r"attn\.W_K .* computed from other weights"):
+        attn_edit(build("qwen2"), rewrite_of(), {"layer": 1, "steps": 1})
+    ft(build("gpt2", processed=True), rewrite_of(), {"layer": 1, "steps": 1})
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])

@@ -53,12 +53,12 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """Any change, entry by entry, as fine-tuning makes it."""
+    """Any change, entry by entry, as fine-tuning makes it: of a matrix, of a bias, or of all heads of W_Q, W_K or W_V."""
 
-    delta: Float[Tensor, "d_mlp d_model"]
+    delta: Float[Tensor, "..."]
 
-    def dense(self) -> Float[Tensor, "d_mlp d_model"]:
-        """The whole matrix."""
+    def dense(self) -> Float[Tensor, "..."]:
+        """The whole of it."""
         return self.delta
 
     def norm(self) -> float:
@@ -72,6 +72,8 @@ KINDS: dict[str, type[RankOne] | type[LowRank] | type[Dense]] = {
     "low-rank": LowRank,
     "dense": Dense,
 }
+_AXES = {"rank-one": (1,), "low-rank": (2,), "dense": (1, 2, 3)}
+"""How many axes a part may have: a bias has one, W_Q is [head_index d_model d_head]."""
 _TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z0-9][A-Za-z0-9_]*)*")
 
@@ -93,9 +95,8 @@ def check_parts(name: str, kind: str, parts: Mapping[str, Tensor]) -> None:
     if lacking := [field.name for field in fields(KINDS[kind]) if field.name not in parts]:
         raise EditError(f"the {kind} change of {name} lacks its part {lacking[0]!r}")
     shapes = {key: tuple(part.shape) for key, part in parts.items()}
-    axes = 1 if kind == "rank-one" else 2
     joined = kind != "low-rank" or shapes["left"][-1:] == shapes["right"][:1]
-    if not joined or any(len(shape) != axes or 0 in shape for shape in shapes.values()):
+    if not joined or any(len(shape) not in _AXES[kind] or 0 in shape for shape in shapes.values()):
         raise EditError(f"the {kind} change of {name} has parts of shapes {shapes}")
     for key, part in parts.items():
         if part.dtype not in _TYPES:
@@ -117,18 +118,19 @@ def tensors_of(change: Change) -> dict[str, Tensor]:
     return {field.name: getattr(change, field.name) for field in fields(change)}
 
 
-def shape_of(change: Change) -> tuple[int, int]:
-    """(d_mlp, d_model) of the matrix, without building it."""
+def shape_of(change: Change) -> tuple[int, ...]:
+    """(d_mlp, d_model) of a matrix, without building it; whatever shape a dense change has."""
     if isinstance(change, Dense):
-        return change.delta.shape[0], change.delta.shape[1]
+        return tuple(change.delta.shape)
     return change.left.shape[0], change.right.shape[-1]
 
 
 def rank_of(change: Change) -> int:
-    """The largest rank that the form allows; of a dense change the smaller side."""
-    if isinstance(change, RankOne):
-        return 1
-    inside = change.left.shape[1:] if isinstance(change, LowRank) else ()
+    """The largest rank that the form allows; of a dense change the smaller side, all heads taken as one matrix."""
+    if isinstance(change, Dense):
+        rows = change.delta.shape[-2] if change.delta.ndim > 1 else 1
+        return min(rows, change.delta.numel() // rows)
+    inside = change.left.shape[1:] if isinstance(change, LowRank) else (1,)
     return min(*shape_of(change), *inside)
 
 

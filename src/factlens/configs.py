@@ -48,8 +48,12 @@ class ModelConfig:
     """ROME's numbers where they differ from the method's defaults; `editors.rome_config` checks them."""
     rome_source: str = ""
     """Where `rome` comes from."""
+    fine_tuning: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """The published numbers of FT, FT+L and AttnEdit, each under its editor's name; `editors.tuning_config` checks them."""
+    fine_tuning_source: str = ""
+    """Where `fine_tuning` comes from."""
     layers: int | None = None
-    """Blocks of the model that the layer in `rome` is for; a model of another depth is edited at the same share of its own."""
+    """Blocks of the model that the layers in `rome` and `fine_tuning` are for; a model of another depth is edited at the same share of its own."""
     note: str = ""
 
 

@@ -5,7 +5,7 @@ Inside `with applied(model, edit):` the model is the edited one; after it, what 
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -66,7 +66,7 @@ def applied(model: Model, edit: Edit, *, strict: bool = True) -> Iterator[Model]
             _take_off(model, each)
         stack.remove(layer)
         for each in above:
-            _put_on(each, _weights(model, each.edit))
+            _put_on(each, weights_of(model, each.edit.changes))
 
 
 def apply_permanently(model: Model, edit: Edit, *, strict: bool = True) -> None:
@@ -102,7 +102,7 @@ def lifted(model: Model) -> Iterator[None]:
     finally:
         for layer in temporary:
             if not layer.before:
-                _put_on(layer, _weights(model, layer.edit))
+                _put_on(layer, weights_of(model, layer.edit.changes))
 
 
 def edits_kept(model: Model) -> int:
@@ -137,7 +137,7 @@ def _put_on(layer: _Layer, targets: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _take_off(model: Model, layer: _Layer) -> None:
-    weights = _weights(model, layer.edit)
+    weights = weights_of(model, layer.edit.changes)
     for name, before in layer.before.items():
         weights[name].copy_(before)
     layer.before.clear()
@@ -146,20 +146,24 @@ def _take_off(model: Model, layer: _Layer) -> None:
 # -- whose edit it is ------------------------------------------------------------------------------
 
 
-def _weights(model: Model, edit: Edit) -> dict[str, Tensor]:
-    """The model's weights that the edit changes, each in the memory of one of its parameters."""
+def weights_of(model: Model, names: Iterable[str]) -> dict[str, Tensor]:
+    """The model's weights of these names, each in the memory of one of its parameters, so that an edit can change it.
+
+    Raises:
+        EditError: there is no such weight, or it cannot be written.
+    """
     own = {each.untyped_storage().data_ptr() for each in model.parameters()}
     found = {}
-    for name in edit.changes:
+    for name in names:
         weight = models.weight(model, name)
         if weight is None:
             raise EditError(
-                f"{models.model_name(model)} has no weight {name}, which the edit changes"
+                f"{models.model_name(model)} has no weight {name}, which is to be changed"
             )
         if weight.untyped_storage().data_ptr() not in own or not weight.is_floating_point():
             raise EditError(
                 f"{name} of {models.model_name(model)} ({weight.dtype}) is computed from other weights or quantised, and cannot "
-                "be written; edit a floating-point W_out"
+                "be written; edit a floating-point weight of its own"
             )
         found[name] = weight
     return found
@@ -167,7 +171,7 @@ def _weights(model: Model, edit: Edit) -> dict[str, Tensor]:
 
 def _checked(model: Model, edit: Edit, strict: bool) -> tuple[_Layer, dict[str, Tensor]]:
     """The edit, ready to be put on, and the weights that it changes, after every check: nothing is written yet."""
-    weights = _weights(model, edit)
+    weights = weights_of(model, edit.changes)
     for name, weight in weights.items():
         if tuple(weight.shape) != shape_of(edit.changes[name]):
             raise EditError(

@@ -5,7 +5,7 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from factlens import models, runs
-from factlens.edits import Edit, applied
+from factlens.edits import Edit, applied, weights_of
 from factlens.errors import ModelUnsupported, OutputError
 from factlens.fingerprints import fingerprint
 from factlens.models import Model
@@ -46,13 +46,15 @@ def export(
         model: a hooked model with unprocessed weights.
         folder: a new or an empty folder.
         edit: None writes the model as it is.
-        base: of a HookedTransformer, the hub name or folder that it was made from; all but its `W_out` is read there.
+        base: of a HookedTransformer, the hub name or folder that it was made from; all but its `W_out` and the weights that the
+            edit changes is read there.
         overwrite: replace an earlier model folder.
         strict: as of `applied`.
 
     Raises:
         OutputError: the folder is not empty, or the disk is full or cannot be written.
-        ModelUnsupported: the weights were processed, or are not those that Hugging Face's class has.
+        ModelUnsupported: the weights were processed, or are not those that Hugging Face's class has, or the edit changes one that
+            is held apart from those.
         EditError: the edit does not belong to the model.
     """
     folder = Path(folder)
@@ -60,9 +62,11 @@ def export(
     _check_unprocessed(model)
     about = {"fingerprint": "", "edit": None if edit is None else dict(edit.info)}
     with applied(model, edit, strict=strict) if edit is not None else contextlib.nullcontext():
-        source = model if models.is_bridge(model) else _with_outputs_of(model, base)
+        changed = () if edit is None else tuple(edit.changes)
+        source = model if models.is_bridge(model) else _with_weights_of(model, base, changed)
         about["fingerprint"] = fingerprint(source)
         tensors, plain = _plain_state(source)
+        _check_held(source, changed, tensors)
         with _written_folder(folder) as partial:
             _write(source, plain, tensors, about, partial)
             _check_written(source, tensors, partial)
@@ -80,8 +84,19 @@ def _check_unprocessed(model: Model) -> None:
         )
 
 
-def _with_outputs_of(model: Model, base: str | Path | None) -> Model:
-    """The bridge of `base` with every `W_out` of the HookedTransformer `model`; the two must otherwise agree."""
+def _check_held(model: Model, changed: Iterable[str], tensors: dict[str, Tensor]) -> None:
+    """Refuse an edit of a weight that is none of those that are written: GPT-NeoX's W_Q is a copy of a part of one."""
+    written = {each.untyped_storage().data_ptr() for each in tensors.values()}
+    for name, weight in weights_of(model, changed).items():
+        if weight.untyped_storage().data_ptr() not in written:
+            raise ModelUnsupported(
+                f"{name} of {models.model_name(model)} is held apart from Hugging Face's weight, so the edit of it cannot be exported; "
+                "save the edit, and apply it after loading"
+            )
+
+
+def _with_weights_of(model: Model, base: str | Path | None, changed: Iterable[str]) -> Model:
+    """The bridge of `base` with every `W_out` and the weights `changed` of the HookedTransformer `model`; they must otherwise agree."""
     if base is None:
         raise ModelUnsupported(
             "a HookedTransformer has Hugging Face's weights in another form; name the model it was made from: base='gpt2-xl'"
@@ -90,11 +105,13 @@ def _with_outputs_of(model: Model, base: str | Path | None) -> Model:
     refusal = ModelUnsupported(
         f"{base} is not what this model was made from: they differ in more than W_out; give the model's own base"
     )
-    if _different(found, model):
+    if _different(found, model, changed):
         raise refusal
     with torch.no_grad():
         for layer in range(models.n_layers(model)):
             models.W_out(found, layer).copy_(models.W_out(model, layer))
+        for name, weight in weights_of(found, changed).items():
+            weight.copy_(weights_of(model, [name])[name])
     # What has another form in the two (repeated key heads, say) shows in what they compute.
     tokens = torch.linspace(0, models.cfg(found).d_vocab - 1, PROBE).long()[None]
     one, other = (runs.logits_of(each, tokens).float().cpu() for each in (found, model))
@@ -103,8 +120,8 @@ def _with_outputs_of(model: Model, base: str | Path | None) -> Model:
     return found
 
 
-def _different(one: Model, other: Model) -> bool:
-    """Whether two models differ in their size or in a weight, besides `W_out`, that both hold in the same form."""
+def _different(one: Model, other: Model, changed: Iterable[str]) -> bool:
+    """Whether two models differ in their size or in a weight, besides `W_out` and those `changed`, that both hold in the same form."""
     if models.n_layers(one) != models.n_layers(other):
         return True
     names = ["embed.W_E", "pos_embed.W_pos", "unembed.W_U"]
@@ -114,7 +131,7 @@ def _different(one: Model, other: Model) -> bool:
         names += [
             f"blocks.{layer}.{name}" for name in ("ln1.w", "attn.W_Q", "attn.W_O", "mlp.W_in")
         ]
-    for name in names:
+    for name in (each for each in names if each not in changed):
         a, b = models.weight(one, name), models.weight(other, name)
         if a is not None and b is not None and not torch.equal(a.cpu(), b.cpu()):
             return True

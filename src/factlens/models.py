@@ -11,7 +11,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -231,6 +231,20 @@ def is_bridge(model: Model) -> bool:
     return hasattr(model, "original_model")
 
 
+def check_one_device(model: Model) -> None:
+    """Refuse to compute an edit of a model that is spread over several devices.
+
+    Raises:
+        ModelUnsupported: naming them.
+    """
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ModelUnsupported(
+            f"{model_name(model)} is spread over {', '.join(devices)}; an edit is computed on one device: load it there, "
+            "in a narrower dtype if need be"
+        )
+
+
 def check_model(model: object) -> None:
     """Refuse what has not the hook points that tracing needs.
 
@@ -399,6 +413,48 @@ def output_module(model: Model, layer: int) -> nn.Module:
     """The module that gives `key @ W_out + b_out`, before any norm that follows it (Gemma 2 has one)."""
     mlp = cast(Any, model).blocks[layer].mlp
     return mlp.out if is_bridge(model) else mlp
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear map of a block, `x @ weight + bias`: what its weights are called, and where x and the result pass."""
+
+    weight: str
+    """[d_in d_out], or [head_index d_in d_out] of all heads of attention."""
+    bias: str | None
+    """None where the architecture has none."""
+    entering: nn.Module
+    """The module whose output is x."""
+    leaving: nn.Module
+    """The module whose output is the result, before anything else is done to it."""
+
+
+def output_map(model: Model, layer: int) -> LinearMap:
+    """The MLP's W_out and b_out: from the keys to the values."""
+    entering = cast(Any, model).hook_dict[key_site(layer)]
+    bias = _there(model, f"blocks.{layer}.mlp.b_out")
+    return LinearMap(W_out_name(layer), bias, entering, output_module(model, layer))
+
+
+def attention_maps(model: Model, layer: int) -> tuple[LinearMap, ...]:
+    """W_Q, W_K and W_V of all heads, with their biases: GPT-2's `c_attn`."""
+    block, sites = cast(Any, model).blocks[layer], cast(Any, model).hook_dict
+    entering = sites[f"blocks.{layer}.attn.hook_in"] if is_bridge(model) else block.ln1
+    return tuple(
+        LinearMap(
+            f"blocks.{layer}.attn.W_{letter}",
+            _there(model, f"blocks.{layer}.attn.b_{letter}"),
+            entering,
+            sites[f"blocks.{layer}.attn.hook_{letter.lower()}"],
+        )
+        for letter in "QKV"
+    )
+
+
+def _there(model: Model, name: str) -> str | None:
+    """`name`, or None where the architecture has no such bias; there HookedTransformer has one of zeros."""
+    bias = weight(model, name)
+    return None if bias is None or not (is_bridge(model) or bool(bias.any())) else name
 
 
 def W_out_name(layer: int) -> str:

@@ -208,12 +208,7 @@ def _logits(
 ) -> Float[Tensor, "read d_vocab"]:
     """One run, whole or from `entry` on; the unembedding sees the wanted positions only."""
     runner = cast(Any, model)
-
-    def choose(module: nn.Module, args: tuple) -> tuple:
-        return (args[0][reads.rows, reads.positions][None], *args[1:])
-
-    handle = runner.unembed.register_forward_pre_hook(choose)
-    try:
+    with only_reading(model, reads):
         if models.is_bridge(model):
             options: dict[str, Any] = {"past_key_values": HuggingFacePrefix(keys)}
             if entry is None:
@@ -230,6 +225,18 @@ def _logits(
             stream = runner.run_with_hooks(tokens, stop_at_layer=0)
         options = {"start_at_layer": start, "past_kv_cache": prefix, "attention_mask": mask}
         return runner.run_with_hooks(stream, fwd_hooks=hooks, **options)[0]
+
+
+@contextlib.contextmanager
+def only_reading(model: Model, reads: Reads) -> Iterator[None]:
+    """Let the unembedding see the positions in `reads` only, for the length of a `with` block: logits are then [1 read d_vocab]."""
+
+    def choose(module: nn.Module, args: tuple) -> tuple:
+        return (args[0][reads.rows, reads.positions][None], *args[1:])
+
+    handle = cast(Any, model).unembed.register_forward_pre_hook(choose)
+    try:
+        yield
     finally:
         handle.remove()
 

@@ -29,6 +29,13 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option(help="Settings: YAML, the official JSON, or one of EasyEdit's YAML files."),
 ]
+EDITORS = {
+    "rome": "editors.rome.rome",
+    "ft": "editors.fine_tuning.ft",
+    "ft-l": "editors.fine_tuning.ft_l",
+    "attn-edit": "editors.attention.attn_edit",
+}
+"""What --editor takes, and where it is."""
 SHOWN = ("S", "ES", "PS", "NS", "retention")
 
 
@@ -39,16 +46,24 @@ def evaluate(
         int, typer.Option(min=0, help="Leave out so many of the first: records looked at before.")
     ] = 0,
     records: Records = None,
+    editor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--editor", "-e", help=f"{', '.join(EDITORS)}; repeat for several. ROME without it."
+        ),
+    ] = None,
     layer: Annotated[
         int | None, typer.Option("--layer", "-l", help="0-based; the config's without it.")
     ] = None,
     clamp: Annotated[
-        float | None, typer.Option(help="Bound of the shift, as a multiple of ‖v0‖.")
+        float | None, typer.Option(help="ROME's bound of the shift, as a multiple of ‖v0‖.")
     ] = None,
     config: ConfigFile = None,
     control: Annotated[
         bool,
-        typer.Option(help="Also the unedited model, and ROME with the identity for C."),
+        typer.Option(
+            help="Also the unedited model, and beside ROME itself with the identity for C."
+        ),
     ] = True,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for records.parquet and table.csv.")
@@ -68,26 +83,19 @@ def evaluate(
 
       factlens evaluate --n 50 --layer 3 --clamp 2 --no-control
 
+      factlens evaluate --editor rome --editor ft --editor ft-l --editor attn-edit
+
       factlens evaluate --model gpt2-xl --records counterfact.json --n 1000
     """
-    from factlens.editors.rome import rome
-
     with clear_errors():
         check_writable(out)
-        settings = _settings(config, layer, clamp)
+        plans = _plans(editor or ["rome"], _settings(config, layer, clamp), control)
         hooked = load(model, device, dtype)
-        _gather_first(hooked, [settings])
+        _gather_first(hooked, [given for label, _, given in plans if label == "rome"])
         chosen, others = _records(hooked, records, n, "test", skip)
-        plans: list[tuple[str, Any, Any]] = [("rome", rome, settings)]
-        if control:
-            plans = [
-                ("none", None, None),
-                ("C = identity", rome, {**settings, "moment": "identity"}),
-                *plans,
-            ]
         frames = []
-        for label, editor, given in plans:
-            frames.append(_measured(hooked, editor, chosen, given, others, label))
+        for label, made_by, given in plans:
+            frames.append(_measured(hooked, made_by, chosen, given, others, label))
             _write(frames, out)
         _show(frames)
         failed = int((frames[-1]["reason"] != "").sum())
@@ -160,6 +168,29 @@ def sweep(
         ]
         print_table(columns, rows)
         console().print(str(out / "sweep.csv"), soft_wrap=True, markup=False)
+
+
+def _plans(
+    names: Sequence[str], settings: dict[str, Any], control: bool
+) -> list[tuple[str, Any, Any]]:
+    """Label, editor and settings of every row of the table; ROME's settings, but for the layer, are of ROME alone."""
+    from importlib import import_module
+
+    if unknown := [name for name in names if name not in EDITORS]:
+        raise usage(f"no editor {unknown[0]!r}; there are {', '.join(EDITORS)}")
+    if "rome" not in names and (foreign := settings.keys() - {"layer"}):
+        raise usage(
+            f"{', '.join(sorted(foreign))}: only ROME takes it, which is not among the editors"
+        )
+    plans: list[tuple[str, Any, Any]] = [("none", None, None)] if control else []
+    for name in dict.fromkeys(names):
+        home, function = EDITORS[name].rsplit(".", 1)
+        made_by = getattr(import_module(f"factlens.{home}"), function)
+        if name == "rome" and control:
+            plans.append(("C = identity", made_by, {**settings, "moment": "identity"}))
+        own = settings if name == "rome" else {k: v for k, v in settings.items() if k == "layer"}
+        plans.append((name, made_by, own))
+    return plans
 
 
 def _settings(config: Path | None, layer: int | None, clamp: float | None) -> dict[str, Any]:

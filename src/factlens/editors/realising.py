@@ -1,5 +1,6 @@
 """Whether an edited weight does what was computed: the check after every edit."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -13,7 +14,8 @@ from factlens import edits, models
 from factlens.changes import LowRank, RankOne
 from factlens.editors.questions import Question
 from factlens.edits import Edit
-from factlens.errors import EditError
+from factlens.errors import EditError, FactWarning
+from factlens.facts import Rewrite
 from factlens.models import Model
 from factlens.types import Hooks
 
@@ -34,18 +36,42 @@ def realise(
     Raises:
         EditError: the two disagree.
     """
-    before = _logprob(model, question)
     with _moved(model, layer, change) as hooks:
-        wanted = _logprob(model, question, hooks)
+        wanted = logprob(model, question, hooks)
+    return compare(model, edit, question, wanted)
+
+
+def compare(
+    model: Model, edit: Edit, question: Question, wanted: Float[Tensor, "target d_vocab"]
+) -> dict[str, float | bool]:
+    """Apply `edit` for one run of the bare prompt, and compare with the `wanted` log-probabilities at the target's tokens.
+
+    Returns and raises what `realise` does.
+    """
+    before = logprob(model, question)
     with edits.applied(model, edit, strict=False):
-        found = _logprob(model, question)
+        found = logprob(model, question)
     gap = float((wanted - found).abs().max())
     if not gap < TOLERANCE.get(models.dtype_of(model), 1e-3):
         raise EditError(
             f"the edited model does not give what was optimised for {question.rewrite.prompt!r}: log-probabilities differ by {gap:.2g}; "
-            f"W_out of layer {layer} is not what {models.model_name(model)} computes with"
+            f"{' and '.join(edit.changes)} is not what {models.model_name(model)} computes with"
         )
     return {**_said("before", before, question), **_said("after", found, question)}
+
+
+def say_what_happened(rewrite: Rewrite, seen: Mapping[str, float | bool], advice: str) -> None:
+    """Warn of an edit that does nothing, which must not look like one that did; `seen` is of `realise`."""
+    said = None
+    if seen["first_before"]:
+        said = f"the model says {rewrite.target!r} for {rewrite.prompt!r} already (p = {seen['prob_before']:.3f}): there was little to edit"
+    elif not seen["first_after"]:
+        said = (
+            f"the edit of {rewrite.prompt!r} did not take: p({rewrite.target!r}) went from {seen['prob_before']:.3f} to "
+            f"{seen['prob_after']:.3f} and is not first; {advice}"
+        )
+    if said:
+        warnings.warn(said, FactWarning, stacklevel=3)
 
 
 def _said(when: str, logprob: Tensor, question: Question) -> Mapping[str, float | bool]:
@@ -54,9 +80,10 @@ def _said(when: str, logprob: Tensor, question: Question) -> Mapping[str, float 
     return {f"prob_{when}": float(told.exp()), f"first_{when}": first}
 
 
-def _logprob(
+def logprob(
     model: Model, question: Question, hooks: Hooks | None = None
 ) -> Float[Tensor, "target d_vocab"]:
+    """Log-probabilities where the bare prompt's target tokens are predicted."""
     tokens = question.rows[0][None].to(models.device_of(model))
     with torch.inference_mode():
         logits = cast(Any, model).run_with_hooks(tokens, fwd_hooks=hooks or [])

@@ -11,7 +11,6 @@ the present answer, and W_out' = W_out + left ⊗ right.
 """
 
 import json
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +26,12 @@ from factlens.changes import LowRank, RankOne
 from factlens.editors import register_each
 from factlens.editors.contexts import contexts_for
 from factlens.editors.questions import Question, question, say_traps
-from factlens.editors.realising import realise
+from factlens.editors.realising import realise, say_what_happened
 from factlens.editors.rome_config import ROMEConfig, as_mapping, rome_config_for
 from factlens.editors.values import Value, optimise
 from factlens.edits import Edit
 from factlens.engines.problems import Progress, is_out_of_memory, no_progress
-from factlens.errors import EditError, FactWarning, ModelUnsupported, OutOfMemory
+from factlens.errors import EditError, OutOfMemory
 from factlens.facts import Rewrite
 from factlens.key_statistics import moment_for
 from factlens.models import Model
@@ -181,7 +180,7 @@ def insert_several(
 
 def _questions(model: Model, rewrites: Sequence[Rewrite], plan: ROMEConfig) -> list[Question]:
     """The rewrites as rows of tokens: what cannot be edited is refused here, before the work."""
-    _check_one_device(model)
+    models.check_one_device(model)
     contexts = contexts_for(model, plan.contexts, plan.seed)
     places = {"fact_token": plan.fact_token, "kl_at": plan.kl_at}
     for rewrite in rewrites:
@@ -236,15 +235,6 @@ def _together(model: Model) -> int:
     return TOGETHER_WIDE if wide and models.device_of(model).type == "cpu" else TOGETHER
 
 
-def _check_one_device(model: Model) -> None:
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if len(devices) > 1:
-        raise ModelUnsupported(
-            f"{models.model_name(model)} is spread over {', '.join(devices)}; an edit is computed on one device: load it there, "
-            "in a narrower dtype if need be"
-        )
-
-
 def _change(values: Sequence[Value], plan: ROMEConfig, factor: Factor) -> RankOne | LowRank:
     keys = [
         value.spellings if plan.value_key == "spellings" else value.key[None] for value in values
@@ -288,23 +278,11 @@ def _edit(
     edit = Edit({models.W_out_name(layer): change}, info)
     for value, result in zip(values, results, strict=True):
         seen = realise(model, edit, layer, change, value.question)
-        _say_what_happened(value.rewrite, seen)
+        say_what_happened(
+            value.rewrite, seen, "try another layer, more steps, or a larger max_norm_ratio"
+        )
         result.update(seen)
     return replace(edit, info={**edit.info, "results": results})
-
-
-def _say_what_happened(rewrite: Rewrite, seen: Mapping[str, float | bool]) -> None:
-    """An edit that does nothing must not look like one that did."""
-    said = None
-    if seen["first_before"]:
-        said = f"the model says {rewrite.target!r} for {rewrite.prompt!r} already (p = {seen['prob_before']:.3f}): there was little to edit"
-    elif not seen["first_after"]:
-        said = (
-            f"the edit of {rewrite.prompt!r} did not take: p({rewrite.target!r}) went from {seen['prob_before']:.3f} to "
-            f"{seen['prob_after']:.3f} and is not first; try another layer, more steps, or a larger max_norm_ratio"
-        )
-    if said:
-        warnings.warn(said, FactWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)
