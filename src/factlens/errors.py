@@ -16,6 +16,7 @@
     │   └── EditFileError                 a stored edit that is corrupt or no edit
     ├── MomentError (ValueError)          key statistics that are corrupt, of another model, or missing
     │   └── SingularMoment                fewer independent keys than neurons
+    ├── RatingError (ValueError)          raters' answers, their key or texts to compare that cannot be used
     ├── RunError (ValueError)             a run directory that belongs to another configuration, or is in use
     ├── WorkersError (RuntimeError)       workers that cannot be started, or keep dying
     ├── DownloadError (OSError)           a file that cannot be fetched, or is not what was expected
@@ -91,6 +92,10 @@ class MomentError(FactlensError, ValueError):
 
 class SingularMoment(MomentError):
     """Fewer independent keys were seen than the MLP has neurons."""
+
+
+class RatingError(FactlensError, ValueError):
+    """A file of the human evaluation that cannot be used: a rater's answers, their key, or texts to compare."""
 
 
 class RunError(FactlensError, ValueError):
