@@ -635,10 +635,16 @@ def test_make_takes_ready_texts_of_any_two_editors(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["make", "-a", "KE"], "no editor 'KE'; there are rome, rome-identity, none"),
+        (
+            ["make", "-a", "KE"],
+            "no editor 'KE'; there are rome, ft, ft-l, attn-edit, rome-identity, none",
+        ),
         (["make", "-a", "rome", "-b", "rome"], "both editors are rome"),
         (["make", "--texts", "no.csv", "-a", "x", "-b", "x"], "both editors are x"),
-        (["make", "-b", "none", "--config-b", "x.yaml"], "the unedited model has no settings"),
+        (
+            ["make", "-b", "none", "--config-b", "x.yaml"],
+            "only ROME's settings can be given, not those of 'none'",
+        ),
         (["make", "--config-a", "x.yaml"], "x.yaml"),
         (["make", "--texts", "no.csv", "--config-a", "x.yaml"], "x.yaml has no use beside --texts"),
         (["make", "--texts", "no.csv"], "cannot read the texts no.csv"),

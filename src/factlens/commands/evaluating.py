@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from factlens.commands.options import Device, ModelName, Precision
-from factlens.commands.shared import check_writable, clear_errors, load, usage
+from factlens.commands.shared import (
+    EDITORS,
+    check_writable,
+    clear_errors,
+    editor_named,
+    load,
+    usage,
+)
 from factlens.terminal import console, print_table, progress
 
 if TYPE_CHECKING:
@@ -29,13 +36,6 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option(help="Settings: YAML, the official JSON, or one of EasyEdit's YAML files."),
 ]
-EDITORS = {
-    "rome": "editors.rome.rome",
-    "ft": "editors.fine_tuning.ft",
-    "ft-l": "editors.fine_tuning.ft_l",
-    "attn-edit": "editors.attention.attn_edit",
-}
-"""What --editor takes, and where it is."""
 SHOWN = ("S", "ES", "PS", "NS", "retention")
 
 
@@ -174,8 +174,6 @@ def _plans(
     names: Sequence[str], settings: dict[str, Any], control: bool
 ) -> list[tuple[str, Any, Any]]:
     """Label, editor and settings of every row of the table; ROME's settings, but for the layer, are of ROME alone."""
-    from importlib import import_module
-
     if unknown := [name for name in names if name not in EDITORS]:
         raise usage(f"no editor {unknown[0]!r}; there are {', '.join(EDITORS)}")
     if "rome" not in names and (foreign := settings.keys() - {"layer"}):
@@ -184,8 +182,7 @@ def _plans(
         )
     plans: list[tuple[str, Any, Any]] = [("none", None, None)] if control else []
     for name in dict.fromkeys(names):
-        home, function = EDITORS[name].rsplit(".", 1)
-        made_by = getattr(import_module(f"factlens.{home}"), function)
+        made_by = editor_named(name)
         if name == "rome" and control:
             plans.append(("C = identity", made_by, {**settings, "moment": "identity"}))
         own = settings if name == "rome" else {k: v for k, v in settings.items() if k == "layer"}

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from factlens.commands.options import Device, ModelName, Precision
-from factlens.commands.shared import check_writable, clear_errors, load, usage
+from factlens.commands.shared import (
+    EDITORS,
+    check_writable,
+    clear_errors,
+    editor_named,
+    load,
+    usage,
+)
 from factlens.terminal import console, plain, print_table, progress
 
 if TYPE_CHECKING:
@@ -30,8 +37,8 @@ rate = typer.Typer(
 )
 PAGE, KEY, TEXTS = "rate.html", "key.json", "texts.json"
 NONE, IDENTITY = "none", "rome-identity"
-EDITORS = ("rome", IDENTITY, NONE)
-"""What `--editor-a` and `--editor-b` know: ROME, ROME with the identity for C, and the unedited model as a control."""
+CONTESTANTS = (*EDITORS, IDENTITY, NONE)
+"""What `--editor-a` and `--editor-b` know: the editors, ROME with the identity for C, and the unedited model as a control."""
 MORE = {"consistency": "consistent", "fluency": "fluent"}
 ConfigFile = Annotated[
     Path | None, typer.Option(help="Its settings: YAML, the official JSON, or EasyEdit's YAML.")
@@ -42,11 +49,11 @@ ConfigFile = Annotated[
 def make(
     editor_a: Annotated[
         str,
-        typer.Option("--editor-a", "-a", help=f"{', '.join(EDITORS)}; with --texts any name."),
+        typer.Option("--editor-a", "-a", help=f"{', '.join(CONTESTANTS)}; with --texts any name."),
     ] = "rome",
     editor_b: Annotated[
         str, typer.Option("--editor-b", "-b", help="What it is compared with.")
-    ] = "rome-identity",
+    ] = "ft-l",
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many counterfactuals.")] = 50,
     out: Annotated[
         Path, typer.Option("--out", "-o", help=f"Folder for {PAGE}, {KEY} and {TEXTS}.")
@@ -86,7 +93,7 @@ def make(
 
       factlens rate make --out runs/rate
 
-      factlens rate make --editor-a rome --editor-b none --n 10 --ties
+      factlens rate make --editor-a rome --editor-b rome-identity --n 10 --ties
 
       factlens rate make --texts texts.csv --editor-a ROME --editor-b FT+L
     """
@@ -170,24 +177,25 @@ def _label(name: str, config: Path | None) -> str:
     """What to call an editor, after a look at its settings: before the model is loaded."""
     from factlens.editors.rome_config import read_rome_config
 
-    if name not in EDITORS:
-        raise usage(f"no editor {name!r}; there are {', '.join(EDITORS)}")
+    if name not in CONTESTANTS:
+        raise usage(f"no editor {name!r}; there are {', '.join(CONTESTANTS)}")
     if config is None:
         return name
-    if name == NONE:
-        raise usage(f"the unedited model has no settings; leave {config} out")
+    if name not in ("rome", IDENTITY):
+        raise usage(f"only ROME's settings can be given, not those of {name!r}; leave {config} out")
     read_rome_config(config)
     return f"{name} ({config.stem})"
 
 
 def _contestant(model: Model, name: str, config: Path | None) -> Contestant:
     """An editor with all its settings, its statistics gathered with a bar."""
-    from factlens.editors.rome import rome
     from factlens.editors.rome_config import rome_config_for
     from factlens.key_statistics import moment_for
 
     if name == NONE:
         return None, None
+    if name not in ("rome", IDENTITY):
+        return editor_named(name), None
     plan = rome_config_for(model, config)
     if name == IDENTITY:
         plan = replace(plan, moment="identity")
@@ -199,7 +207,7 @@ def _contestant(model: Model, name: str, config: Path | None) -> Contestant:
                 tokens=plan.moment_tokens,
                 progress=lambda done, total: tell(done, total, "tokens"),
             )
-    return rome, plan
+    return editor_named("rome"), plan
 
 
 def _written(
@@ -210,7 +218,7 @@ def _written(
 ) -> tuple[list[Comparison], dict[str, object]]:
     """The editors' texts, and how they were made; with a bar, and a word on what was left out."""
     from factlens import models
-    from factlens.editors.rome_config import as_mapping
+    from factlens.editors.rome_config import ROMEConfig, as_mapping
     from factlens.fingerprints import remembered_fingerprint
     from factlens.rating_texts import compare
 
@@ -228,7 +236,9 @@ def _written(
         "model": models.model_name(model),
         "fingerprint": remembered_fingerprint(model),
         "records": str(given or "bundled"),
-        "settings": [None if each is None else as_mapping(each) for _, each in (a, b)],
+        "settings": [
+            as_mapping(each) if isinstance(each, ROMEConfig) else None for _, each in (a, b)
+        ],
         **options,
     }
     return found, about

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,25 @@ from factlens.terminal import console
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from factlens.editors import Editor
     from factlens.executors import Executor
     from factlens.models import Model
+
+
+EDITORS = {
+    "rome": "editors.rome.rome",
+    "ft": "editors.fine_tuning.ft",
+    "ft-l": "editors.fine_tuning.ft_l",
+    "attn-edit": "editors.attention.attn_edit",
+}
+"""The editors by name, and where each is."""
+
+
+def editor_named(name: str) -> Editor:
+    """The editor of `EDITORS` with this name; its module is imported only now."""
+    home, function = EDITORS[name].rsplit(".", 1)
+    found: Editor = getattr(import_module(f"factlens.{home}"), function)
+    return found
 
 
 def usage(message: str) -> Exception:
