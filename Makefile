@@ -123,7 +123,7 @@ bench-edits: $(VENV)/installed  ## An edit against the official procedure, in on
 	@$(BIN)/python -m factlens.edit_benchmark $(ARGS)
 
 notebooks: $(VENV)/installed-dev  ## Execute every notebook
-	@$(BIN)/python -m pytest -n 0 -m notebooks tests/test_notebooks.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m notebooks tests/test_notebooks.py $(ARGS)
 
 figures: $(VENV)/installed  ## The README's figure (needs chromium)
 	@$(BIN)/factlens trace --out runs/figures
