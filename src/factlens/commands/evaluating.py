@@ -178,7 +178,7 @@ def _plans(
         raise usage(f"no editor {unknown[0]!r}; there are {', '.join(EDITORS)}")
     if "rome" not in names and (foreign := settings.keys() - {"layer"}):
         raise usage(
-            f"{', '.join(sorted(foreign))}: only ROME takes it, which is not among the editors"
+            f"{', '.join(sorted(foreign))} (--clamp or --config): only ROME takes it, which is not among the editors"
         )
     plans: list[tuple[str, Any, Any]] = [("none", None, None)] if control else []
     for name in dict.fromkeys(names):
