@@ -11,7 +11,7 @@ import pytest
 from factlens import metrics
 from factlens.atlas import relations
 from factlens.atlas.tables import FOLDER, capitalised, world
-from factlens.benchmarks import atlas_counterfact
+from factlens.benchmarks import draws
 from factlens.benchmarks.atlas_counterfact import (
     FEW_NEIGHBOURS,
     IMPLIED,
@@ -315,7 +315,7 @@ def test_a_record_of_another_data_set_has_no_other_facts(tmp_path):
     row = changed("requested_rewrite.subject", "Lionel Messi")
     (record,) = read_records(write(tmp_path, [row]))
     assert other_facts(record) == []
-    assert atlas_counterfact.is_tuned("the Louvre") == atlas_counterfact.is_tuned("The Louvre")
+    assert draws.is_tuned("the Louvre") == draws.is_tuned("The Louvre")
 
 
 def test_implied_relations_are_relations_of_the_bundled_or_the_next_world():

@@ -4,8 +4,7 @@ A pure function of the tables, the seed and, where one is given, the model. What
 does not depend on which others there are.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 
 import pandas as pd
@@ -14,8 +13,7 @@ from factlens import metrics
 from factlens.atlas import Relation
 from factlens.atlas.tables import Split, World, state, world
 from factlens.benchmarks.counterfact import Record, Target
-from factlens.benchmarks.draws import digest, drawn, new_object, numbered
-from factlens.benchmarks.draws import is_tuned as is_tuned
+from factlens.benchmarks.draws import Drawn, digest, drawn, new_object, numbered
 from factlens.engines.problems import Progress, no_progress
 from factlens.facts import Fact
 from factlens.models import Model
@@ -63,29 +61,8 @@ NO_OTHER = "the relation has no other object for it"
 NEW_LIKELIER = "the new object is the likelier one before the edit"
 
 
-@dataclass(frozen=True)
-class Records:
-    """The records, in an order in which the first n are a fair sample, and how many facts made none."""
-
-    records: tuple[Record, ...]
-    dropped: pd.DataFrame
-    """`relation, reason, n`: facts that made no record."""
-
-    @property
-    def tune(self) -> tuple[Record, ...]:
-        """For choosing the layer and the clamp; of other subjects than `test`."""
-        return tuple(record for record in self.records if is_tuned(record.subject))
-
-    @property
-    def test(self) -> tuple[Record, ...]:
-        """For the numbers that are reported."""
-        return tuple(record for record in self.records if not is_tuned(record.subject))
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self.records)
+Records = Drawn[Record]
+"""The records of CounterFact's form."""
 
 
 def counterfact(

@@ -11,7 +11,15 @@ import pandas as pd
 
 from factlens.atlas import Relation
 from factlens.atlas.tables import World, capitalised, world
-from factlens.benchmarks.draws import digest, drawn, is_tuned, new_object, numbered, overlapping
+from factlens.benchmarks.draws import (
+    Drawn,
+    digest,
+    drawn,
+    is_tuned,
+    new_object,
+    numbered,
+    overlapping,
+)
 from factlens.benchmarks.zsre import Record
 
 NO_QUESTION = "the relation has no question, or none that is held out"
@@ -19,13 +27,8 @@ NO_OTHER = "the relation has no other object for it"
 NO_UNRELATED = "there is no question that has nothing to do with it"
 
 
-@dataclass(frozen=True)
-class Records:
-    """The records, in an order in which the first n are a fair sample, and how many facts made none."""
-
-    records: tuple[Record, ...]
-    dropped: pd.DataFrame
-    """`relation, reason, n`: facts that made no record."""
+class Records(Drawn[Record]):
+    """The records of zsRE's form, and how many facts made none."""
 
     @property
     def train(self) -> tuple[Record, ...]:
@@ -34,18 +37,7 @@ class Records:
         The same subjects as `tune` of atlas-CounterFact, so that an editor trained on one benchmark can be tested on the other.
         Other seeds give other new objects, and so more records of these subjects.
         """
-        return tuple(record for record in self.records if is_tuned(record.subject))
-
-    @property
-    def test(self) -> tuple[Record, ...]:
-        """For the numbers that are reported."""
-        return tuple(record for record in self.records if not is_tuned(record.subject))
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self.records)
+        return self.tune
 
 
 @dataclass(frozen=True)

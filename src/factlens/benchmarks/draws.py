@@ -5,6 +5,10 @@ What is drawn depends on its mark and on what there is to draw from, never on wh
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar, runtime_checkable
+
+import pandas as pd
 
 from factlens.atlas import Relation
 from factlens.atlas.tables import World
@@ -13,6 +17,43 @@ from factlens.errors import FactError
 TUNED = 4
 """One subject of so many is for what is chosen or trained, the others for testing it."""
 _SEPARATOR = "\x1f"
+
+
+@runtime_checkable
+class About(Protocol):
+    """A record of any benchmark."""
+
+    @property
+    def subject(self) -> str:
+        """What it is about."""
+
+
+Made = TypeVar("Made", bound=About)
+
+
+@dataclass(frozen=True)
+class Drawn(Generic[Made]):
+    """The records of a benchmark, in an order in which the first n are a fair sample, and how many facts made none."""
+
+    records: tuple[Made, ...]
+    dropped: pd.DataFrame
+    """`relation, reason, n`: facts that made no record."""
+
+    @property
+    def tune(self) -> tuple[Made, ...]:
+        """For choosing an editor's numbers, or training it; of other subjects than `test`."""
+        return tuple(record for record in self.records if is_tuned(record.subject))
+
+    @property
+    def test(self) -> tuple[Made, ...]:
+        """For the numbers that are reported."""
+        return tuple(record for record in self.records if not is_tuned(record.subject))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Made]:
+        return iter(self.records)
 
 
 def is_tuned(subject: str) -> bool:

@@ -223,8 +223,9 @@ def _records(
     model: Model, given: Path | None, n: int, part: str, skip: int = 0
 ) -> tuple[list[Record], Callable[..., Sequence[Any]]]:
     """The first `n` records of a file, or of the bundled ones' test or tune part; and where their subjects' other facts are."""
-    from factlens.benchmarks.atlas_counterfact import counterfact, is_tuned, other_facts
+    from factlens.benchmarks.atlas_counterfact import counterfact, other_facts
     from factlens.benchmarks.counterfact import read_records
+    from factlens.benchmarks.draws import is_tuned
 
     if given is not None:
         # By subject, as the bundled ones: what is chosen on some is reported on others.

@@ -246,8 +246,9 @@ def _written(
 
 def _records(model: Model, given: Path | None) -> list[Record]:
     """The records of the test part, as `factlens evaluate` takes them."""
-    from factlens.benchmarks.atlas_counterfact import counterfact, is_tuned
+    from factlens.benchmarks.atlas_counterfact import counterfact
     from factlens.benchmarks.counterfact import read_records
+    from factlens.benchmarks.draws import is_tuned
 
     if given is not None:
         chosen = [each for each in read_records(given) if not is_tuned(each.subject)]

@@ -26,6 +26,11 @@ def register_each(editor: Editor, each: EachEditor) -> None:
     EACH[editor] = each
 
 
+def several(rewrites: Rewrite | Sequence[Rewrite]) -> list[Rewrite]:
+    """What an editor was given, as a list."""
+    return [rewrites] if isinstance(rewrites, Rewrite) else list(rewrites)
+
+
 def each(
     editor: Editor, model: Model, rewrites: Sequence[Rewrite], config: Any = None
 ) -> list[Edit]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from factlens import models
-from factlens.editors import register_each
+from factlens.editors import register_each, several
 from factlens.editors.fine_tuning import FTLConfig
 from factlens.editors.tuning import fine_tune
 from factlens.editors.tuning_config import Config, Method
@@ -50,8 +50,7 @@ def attn_edit(
     Raises:
         What `tuning.fine_tune` raises.
     """
-    several = [rewrites] if isinstance(rewrites, Rewrite) else list(rewrites)
-    return fine_tune(model, ATTN_EDIT, [several], config, progress)[0]
+    return fine_tune(model, ATTN_EDIT, [several(rewrites)], config, progress)[0]
 
 
 def attn_edit_each(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from factlens import models
-from factlens.editors import register_each
+from factlens.editors import register_each, several
 from factlens.editors.tuning import fine_tune
 from factlens.editors.tuning_config import Config, Method, TuningConfig
 from factlens.edits import Edit
@@ -60,7 +60,7 @@ def ft(
     Raises:
         What `tuning.fine_tune` raises.
     """
-    return fine_tune(model, FT, [_several(rewrites)], config, progress)[0]
+    return fine_tune(model, FT, [several(rewrites)], config, progress)[0]
 
 
 def ft_l(
@@ -74,7 +74,7 @@ def ft_l(
 
     Takes an `FTLConfig` or a mapping; the rest is as of `ft`.
     """
-    return fine_tune(model, FT_L, [_several(rewrites)], config, progress)[0]
+    return fine_tune(model, FT_L, [several(rewrites)], config, progress)[0]
 
 
 def ft_each(
@@ -97,10 +97,6 @@ def ft_l_each(
 ) -> list[Edit]:
     """One edit for each rewrite, as `ft_l` gives it alone."""
     return fine_tune(model, FT_L, [[each] for each in rewrites], config, progress)
-
-
-def _several(rewrites: Rewrite | Sequence[Rewrite]) -> list[Rewrite]:
-    return [rewrites] if isinstance(rewrites, Rewrite) else list(rewrites)
 
 
 def _output(model: Model, layer: int) -> list[LinearMap]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from factlens import edits, models, moments
 from factlens.changes import LowRank, RankOne
-from factlens.editors import register_each
+from factlens.editors import register_each, several
 from factlens.editors.contexts import contexts_for
 from factlens.editors.questions import Question, question, say_traps
 from factlens.editors.realising import realise, say_what_happened
@@ -74,11 +74,11 @@ def rome(
         MomentError: no statistics of the layer's keys, and no text to gather them from.
         EditError: two rewrites with one key, or an edit that does not give what was optimised.
     """
-    several = [rewrites] if isinstance(rewrites, Rewrite) else list(rewrites)
-    if not several:
+    given = several(rewrites)
+    if not given:
         raise EditError("no rewrite was given; an edit needs at least one")
     plan = rome_config_for(model, config)
-    asked = _questions(model, several, plan)
+    asked = _questions(model, given, plan)
     memory = _memory(model, plan, moment, progress)
     values = _values(model, asked, plan, engine, progress)
     return _edit(model, values, plan, _change(values, plan, memory.factor), memory)
