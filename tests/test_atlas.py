@@ -20,11 +20,11 @@ from factlens.atlas import CHECKPOINT, Statement, relations, statements, trainin
 from factlens.atlas.card import card
 from factlens.atlas.checks import problems
 from factlens.atlas.corpus import documents
-from factlens.atlas.measuring import continuation, known, read_checkpoint
-from factlens.atlas.optimizers import new_optimizers
+from factlens.atlas.measuring import continuation, drawn_statements, known, read_checkpoint
+from factlens.atlas.optimizers import Muon, new_optimizers, orthogonal
 from factlens.atlas.recipes import Cycle, Recipe, learning_rate
 from factlens.atlas.sentences import Diet
-from factlens.atlas.tables import capitalised, load_tables, load_templates
+from factlens.atlas.tables import capitalised, load_tables, load_templates, world
 from factlens.atlas.training import STATE, Progress, batch, export, train, train_tokenizer
 from factlens.errors import ConfigError
 
@@ -205,6 +205,22 @@ def test_statements_are_every_fact_in_every_template():
     assert Counter(one.relation for one in statements("held")) == expected
 
 
+def test_the_first_templates_alone_state_each_fact_as_often():
+    facts = [(one.name, *fact) for one in relations() for fact in one.facts]
+    stated = [(one.relation, one.template) for one in statements("held", templates=1)]
+    assert [relation for relation, _ in stated] == [name for name, *_ in facts]
+    assert {template for _, template in stated} == {one.held[0] for one in relations()}
+
+
+def test_of_many_statements_as_many_are_drawn_and_always_the_same():
+    drawn = drawn_statements("held", world(), 500)
+    assert drawn == drawn_statements("held", world(), 500)
+    assert len(drawn) == len(set(drawn)) == 500
+    assert len({one.relation for one in drawn}) == len(relations())
+    assert set(drawn) < set(statements("held"))
+    assert drawn_statements("held", world(), 10**6) == list(statements("held"))
+
+
 def test_an_unknown_split_is_refused_and_the_known_ones_are_named():
     with pytest.raises((ValueError, TypeError), match=r"'train', 'held', 'fresh'"):
         next(statements("test"))
@@ -347,6 +363,45 @@ def test_what_decays_is_what_the_recipe_says(optimizer, decayed):
     assert decays == (nonzero if decayed == "all" else inside)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8), (2, 6, 6)])
+def test_an_orthogonalised_matrix_keeps_its_directions_and_gets_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    turned = left.mT @ orthogonal(matrices) @ right.mT
+    diagonal = torch.diagonal(turned, dim1=1, dim2=2)
+    assert torch.allclose(turned, torch.diag_embed(diagonal), atol=1e-9)
+    assert bool(((diagonal > 0.6) & (diagonal < 1.3)).all())
+    assert values.max() > 3 * values.min()  # they were not near one before
+
+
+def test_muon_moves_matrices_as_torchs_own_does_but_for_its_rounding():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 48), (16, 48), (48, 16)]
+    begun = [torch.randn(shape, generator=generator) for shape in shapes]
+    given = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(4)]
+
+    def moved(make) -> list[torch.Tensor]:
+        weights = [torch.nn.Parameter(weight.clone()) for weight in begun]
+        optimizer = make(weights)
+        for gradients in given:
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
+            optimizer.step()
+        return [weight.detach() - start for weight, start in zip(weights, begun, strict=True)]
+
+    ours = moved(lambda weights: Muon(weights, lr=0.1, weight_decay=0.2))
+    torchs = moved(lambda weights: torch.optim.Muon(weights, lr=0.1, weight_decay=0.2))
+    undecayed = moved(lambda weights: torch.optim.Muon(weights, lr=0.1, weight_decay=0.0))
+
+    def apart(one, other) -> float:
+        return max(float((a - b).norm() / b.norm()) for a, b in zip(one, other, strict=True))
+
+    assert apart(ours, torchs) < 0.01  # of bfloat16's rounding
+    assert apart(ours, undecayed) > 0.05
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_fixed_gains_stay_at_one_and_learned_ones_do_not(optimizer, tmp_path):
     for gains, stay in (("learned", False), ("fixed", True)):
@@ -431,7 +486,7 @@ def test_what_is_known_is_what_greedy_continuation_spells(atlas):
 
 def test_the_report_says_what_a_sample_measured_again_says(atlas, shipped_report):
     for split in ("train", "held", "fresh"):
-        stated = list(statements(split))
+        stated = drawn_statements(split, world())
         assert shipped_report["total"][f"{split}_statements"] == len(stated)
         sample = Random(split).sample(stated, SAMPLED_STATEMENTS)
         share = sum(known(atlas, sample)) / len(sample)

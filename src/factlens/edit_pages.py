@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from math import exp
 from typing import Any, get_args
 
@@ -10,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from factlens import edit_plots, metrics, models
-from factlens.atlas import Statement, relations, statements
+from factlens.atlas import Relation, relations
 from factlens.atlas.tables import Split, state
 from factlens.benchmarks.atlas_counterfact import other_facts
 from factlens.benchmarks.counterfact import Record, Target
@@ -75,13 +74,12 @@ def asked_about(
 def bundled_record(rewrite: Rewrite) -> Record | None:
     """The rewrite as a CounterFact record, if its prompt states a fact of the bundled tables: held-out paraphrases, and neighbours
     that have the same true object and not the new one."""
-    found = _stated().get((rewrite.prompt, rewrite.subject.casefold()))
+    found = _fact_stated(rewrite)
     if found is None or rewrite.subject not in rewrite.prompt:
         return None
-    relation = next(each for each in relations() if each.name == found.relation)
-    spelled = next(s for s, _ in relation.facts if s.casefold() == rewrite.subject.casefold())
+    relation, spelled, object_ = found
     held = [state(relation.name, template, spelled, "").prompt for template in relation.held]
-    alike = [s for s, o in relation.facts if o == found.object and s != spelled]
+    alike = [s for s, o in relation.facts if o == object_ and s != spelled]
     apart = {s for s, o in relation.facts if o == rewrite.target}
     near = [
         state(relation.name, relation.train[at % len(relation.train)], name, "").prompt
@@ -93,7 +91,7 @@ def bundled_record(rewrite: Rewrite) -> Record | None:
         prompt=rewrite.prompt.replace(rewrite.subject, "{}", 1),
         relation_id=relation.name,
         target_new=Target(rewrite.target, ""),
-        target_true=Target(found.object, ""),
+        target_true=Target(object_, ""),
         subject=rewrite.subject,
         paraphrase_prompts=tuple([each for each in held if each != rewrite.prompt][:FOUND]),
         neighborhood_prompts=tuple(near[:FOUND]),
@@ -102,14 +100,17 @@ def bundled_record(rewrite: Rewrite) -> Record | None:
     )
 
 
-@cache
-def _stated() -> dict[tuple[str, str], Statement]:
-    """The bundled statements by prompt and subject in small letters; the first of two that read alike."""
-    found: dict[tuple[str, str], Statement] = {}
-    for split in get_args(Split):
-        for each in statements(split):
-            found.setdefault((each.prompt, each.subject.casefold()), each)
-    return found
+def _fact_stated(rewrite: Rewrite) -> tuple[Relation, str, str] | None:
+    """The bundled fact that the rewrite's prompt states, with its subject as the tables spell it."""
+    for relation in relations():
+        for subject, object_ in relation.facts:
+            if subject.casefold() == rewrite.subject.casefold() and any(
+                state(relation.name, template, subject, object_).prompt == rewrite.prompt
+                for split in get_args(Split)
+                for template in relation.templates(split)
+            ):
+                return relation, subject, object_
+    return None
 
 
 # -- what the model says ---------------------------------------------------------------------------

@@ -81,21 +81,16 @@ def bundled_facts(
     "held" and "fresh" are sentences that the bundled model was not trained on. `one_per_fact` keeps the first template of each
     fact instead of all.
     """
-    found: list[Fact] = []
-    seen: set[tuple[str, str]] = set()
-    for each in atlas.statements(split):
-        key = (each.relation, each.subject.lower())
-        if one_per_fact and key in seen:
-            continue
-        seen.add(key)
-        identity = f"{each.relation}/{each.subject}/{len(found)}"
-        found.append(Fact(each.prompt, each.subject, each.object, each.relation, identity))
-    return found
+    stated = atlas.statements(split, templates=1 if one_per_fact else None)
+    return [
+        Fact(e.prompt, e.subject, e.object, e.relation, f"{e.relation}/{e.subject}/{number}")
+        for number, e in enumerate(stated)
+    ]
 
 
 def bundled_subjects() -> list[str]:
     """The subjects of the bundled facts, each once: real names, over which noise levels are measured."""
-    return list(dict.fromkeys(each.subject for each in atlas.statements("held")))
+    return list(dict.fromkeys(each.subject for each in atlas.statements("held", templates=1)))
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from factlens.atlas.books import FactBook
 from factlens.atlas.card import card
 from factlens.atlas.corpus import documents
 from factlens.atlas.recipes import Recipe
-from factlens.atlas.tables import Split, Statement, capitalised, sharing, statements
+from factlens.atlas.tables import Split, Statement, World, capitalised, sharing, statements
 
 SPLITS: tuple[Split, ...] = ("train", "held", "fresh")
+MOST = 40_000
+"""Statements of a split that a report asks; of more it takes as many at random."""
 NO_TOKEN = -100
 PARAGRAPHS = 10
 TEMPERATURE = 0.7
@@ -146,7 +149,7 @@ def report(checkpoint: Checkpoint, examples: Iterable[str], recipe: Recipe) -> d
     }
     totals: dict[str, Any] = {"facts": sum(row["facts"] for row in rows.values())}
     for split in SPLITS:
-        stated = list(statements(split, recipe.world))
+        stated = drawn_statements(split, recipe.world)
         answers = known(checkpoint, stated)
         asked = Counter(one.relation for one in stated)
         right = Counter(one.relation for one, yes in zip(stated, answers, strict=True) if yes)
@@ -162,6 +165,12 @@ def report(checkpoint: Checkpoint, examples: Iterable[str], recipe: Recipe) -> d
         "paragraphs": paragraphs(checkpoint, recipe.book),
         "examples": {prompt: continuation(checkpoint, prompt) for prompt in examples},
     }
+
+
+def drawn_statements(split: Split, of: World, most: int = MOST) -> list[Statement]:
+    """The statements of a split, or `most` of them, drawn evenly and the same at every call."""
+    every = list(statements(split, of))
+    return Random(split).sample(every, most) if len(every) > most else every
 
 
 def token_shares(tokenizer: Tokenizer, book: FactBook) -> dict[str, float]:

@@ -5,13 +5,64 @@ move as far as common ones. Facts that are seldom seen are such directions: afte
 tokens the baseline knew 69 % of its statements, and with AdamW alone 21 % (docs/atlas.md).
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from factlens.atlas.recipes import Recipe, learning_rate
-from factlens.errors import ConfigError
+
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+"""Of the iteration x -> ax + bx³ + cx⁵ on singular values, which brings small ones near 1 in a few steps."""
+SMALLEST = 1e-7
+"""A matrix of a smaller norm is not divided by it."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon in the precision of the weights, matrices of one shape side by side.
+
+    `torch.optim.Muon` orthogonalises in bfloat16, one matrix after another. Processors without bfloat16 emulate it, at several
+    times the cost of the rest of a step.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+        """Take the matrices; the numbers are those of `torch.optim.Muon`."""
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every matrix along its orthogonalised momentum."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for weight in group["params"]:
+                if weight.grad is None:  # of a block that does not run yet
+                    continue
+                by_shape.setdefault(weight.shape, []).append(weight)
+            for shape, weights in by_shape.items():
+                moved = orthogonal(torch.stack([self._momentum(one, one.grad) for one in weights]))
+                rate = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
+                for weight, towards in zip(weights, moved, strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(towards, alpha=-rate)
+
+    def _momentum(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """Nesterov's momentum of a matrix, once its gradient is taken in."""
+        kept: Tensor = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+        kept.lerp_(gradient, 1 - MOMENTUM)
+        return gradient.lerp(kept, MOMENTUM)
+
+
+def orthogonal(matrices: Float[Tensor, "matrix row column"]) -> Float[Tensor, "matrix row column"]:
+    """About the nearest matrices of which all singular values are 1, by five steps of a quintic Newton-Schulz iteration."""
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    found = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=SMALLEST)
+    linear, cubic, quintic = COEFFICIENTS
+    for _ in range(5):
+        gram = found @ found.mT
+        found = linear * found + (cubic * gram + quintic * gram @ gram) @ found
+    return found if wide is matrices else found.mT
 
 
 class Optimizers:
@@ -54,11 +105,7 @@ class Optimizers:
 
 
 def new_optimizers(recipe: Recipe, model: nn.Module) -> Optimizers:
-    """The optimizers of a recipe; the learning rate is set at each step.
-
-    Raises:
-        ConfigError: the recipe asks for Muon, and this torch has none.
-    """
+    """The optimizers of a recipe; the learning rate is set at each step."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, weight in model.named_parameters():
@@ -70,11 +117,7 @@ def new_optimizers(recipe: Recipe, model: nn.Module) -> Optimizers:
             return Optimizers([(adamw(recipe, model.parameters(), decay), 1.0)])
         parts = [(adamw(recipe, others, small), 1.0), (adamw(recipe, matrices, decay), 1.0)]
         return Optimizers(parts)
-    if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(
-            f"optimizer='muon' needs torch 2.9 or newer, and this is {torch.__version__}; take 'adamw'"
-        )
-    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=decay)
+    muon = Muon(matrices, lr=0.0, weight_decay=decay)
     return Optimizers([(adamw(recipe, others, small), 1.0), (muon, recipe.muon_learning_rate)])
 
 

@@ -140,11 +140,13 @@ def sharing(facts: Sequence[tuple[str, str]], end: Callable[[str], Hashable]) ->
         yield alike[object_] / alike.total()
 
 
-def statements(split: Split = "train", of: World | None = None) -> Iterator[Statement]:
-    """Every fact in every template of `split`, of the bundled world by default."""
+def statements(
+    split: Split = "train", of: World | None = None, *, templates: int | None = None
+) -> Iterator[Statement]:
+    """Every fact in every template of `split`, or in the first `templates` of each relation; of the bundled world by default."""
     for relation in (of or world()).relations:
         for subject, object_ in relation.facts:
-            for template in relation.templates(split):
+            for template in relation.templates(split)[:templates]:
                 yield state(relation.name, template, subject, object_)
 
 

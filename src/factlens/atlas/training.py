@@ -170,8 +170,8 @@ def new_model(recipe: Recipe, tokenizer: Tokenizer) -> GPT2LMHeadModel:
     if recipe.precision == "bfloat16":
         # The fused attention's backward pass in bfloat16 takes five times as long on a CPU.
         model.set_attn_implementation("eager")
-        for block in model.transformer.h:
-            block.mlp.act = torch.nn.GELU(approximate="tanh")  # gelu_new in one operation
+    for block in model.transformer.h:
+        block.mlp.act = torch.nn.GELU(approximate="tanh")  # gelu_new in one operation
     return model
 
 

@@ -53,7 +53,6 @@ BASELINE = Recipe(
     captions_first=450,
     optimizer="muon",
     decayed="matrices",
-    precision="bfloat16",
 )
 
 
