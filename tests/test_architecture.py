@@ -70,7 +70,7 @@ LAYERS = [
     ["changes", "generation"],
     ["tails"],
     ["odds"],
-    ["intervals", "measurements"],
+    ["intervals", "measurements", "text_metrics"],
     ["derivatives"],
     ["preparations"],
     ["settings"],
