@@ -171,6 +171,23 @@ def test_the_prompt_comes_back_as_it_was_given(atlas):
     assert generate(atlas, prompt, max_new_tokens=3).startswith(prompt)
 
 
+@pytest.mark.filterwarnings("ignore:HookedTransformer.*is deprecated")
+@pytest.mark.parametrize(("family", "whole"), [("gpt2", 64), ("llama", 32), ("lens gpt2", 32)])
+def test_texts_of_one_length_are_cut_there_and_else_as_they_would_be_alone(
+    any_model, family, whole
+):
+    model = any_model(family)
+    tokenizer, end = models.tokenizer(model), models.tokenizer(model).eos_token_id
+    texts = generate(model, PROMPTS, max_tokens=whole)
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        ids = token_ids(tokenizer, prompt)
+        slow = slow_greedy(model, ids, whole - len(ids), end)
+        assert text == prompt + tokenizer.decode(slow[len(ids) :])
+    assert max(len(token_ids(tokenizer, text)) for text in texts) == whole, "as long as it may be"
+    one = len(token_ids(tokenizer, PROMPTS[2])) + 1
+    assert len(token_ids(tokenizer, generate(model, PROMPTS[2], max_tokens=3))) <= one
+
+
 def test_what_cannot_be_generated_is_refused_in_one_line(family_model):
     model = family_model("gpt2")
     fits = "a" * 60
@@ -184,7 +201,7 @@ def test_what_cannot_be_generated_is_refused_in_one_line(family_model):
             generate(model, ["abc", empty])
     with pytest.raises(FactError, match="not valid text"):
         generate(model, "\ud800")
-    for bad in ({"max_new_tokens": 0}, {"top_k": -1}, {"temperature": 0.0}):
+    for bad in ({"max_new_tokens": 0}, {"max_tokens": 0}, {"top_k": -1}, {"temperature": 0.0}):
         with pytest.raises(PlanError, match="above 0"):
             generate(model, "abc", **bad)
     assert generate(model, []) == []

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from factlens import metrics, models
 from factlens.errors import PromptTooLong
-from factlens.metrics import half_width, harmonic_mean, magnitude, mean_nll, score, success
+from factlens.metrics import (
+    half_width,
+    harmonic_mean,
+    kl_per_token,
+    magnitude,
+    mean_nll,
+    next_logprobs,
+    score,
+    success,
+)
 from factlens.tokens import answer_ids, token_ids
 
 nlls = st.lists(st.floats(0, 50), min_size=1, max_size=8)
@@ -52,6 +61,15 @@ def test_success_and_magnitude_change_sides_with_their_targets(one, other):
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=5))
 def test_the_harmonic_mean_lies_between_least_and_mean(values):
     assert min(values) - 1e-9 <= harmonic_mean(values) <= sum(values) / len(values) + 1e-9
+
+
+def test_kl_in_closed_form():
+    before = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]]).clamp(min=1e-30).log()
+    after = torch.tensor([[0.25, 0.25, 0.5], [0.25, 0.25, 0.5]]).log()
+    assert kl_per_token(before, after) == pytest.approx(math.log(2) / 2)
+    assert kl_per_token(before, before) == 0
+    assert kl_per_token(after, before) > 10, "not symmetric"
+    assert math.isnan(kl_per_token(before[:0], after[:0]))
 
 
 # --- measuring --------------------------------------------------------------------------------
@@ -110,3 +128,17 @@ def test_more_pairs_than_a_batch_and_none(family_model, monkeypatch):
 def test_a_prompt_that_does_not_fit_is_refused(family_model):
     with pytest.raises(PromptTooLong, match="64 positions"):
         score(family_model("gpt2"), [("a" * 60, "b" * 9)])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_logprobs_of_texts_are_those_of_each_text_alone(family_model, family):
+    model = family_model(family)
+    texts = ["A text", "Another and longer one, with a mark", "x" * 200]
+    found = next_logprobs(model, texts)
+    for text, each in zip(texts, found, strict=True):
+        ids = token_ids(models.tokenizer(model), text)[:64]
+        with torch.inference_mode():
+            alone = model(torch.tensor([ids]))[0].log_softmax(dim=-1)
+        torch.testing.assert_close(each, alone, atol=2e-5, rtol=0)
+    assert len(found[2]) == 64, "as much as fits"
+    assert next_logprobs(model, []) == []

@@ -159,6 +159,8 @@ def read_run(folder: str | Path) -> Run:
     """
     store = existing_store(folder)
     content = store.config()
+    if "studies" not in content["config"]:
+        raise RunError(f"{folder} holds no traces but scores of edits, which are in its table.csv")
     paths = {name: store.folder / file_of(name) for name in content["config"]["studies"]}
     if missing := [name for name, path in paths.items() if not path.exists()]:
         raise RunError(

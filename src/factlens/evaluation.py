@@ -1,218 +1,185 @@
-"""How well edits hold: model x editor x records -> one row per record -> a table (ROME, Section 3.3).
+"""How well edits hold: model x editor x records -> one row per record -> a table (ROME, Sections 3.2 and 3.3).
 
-Records are independent: each is edited into the model as it was given, measured, and taken back bit for bit.
+Records are edited into the model as it was given, one at a time, one after another, or all at once; they are measured, and taken back bit
+for bit.
 """
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
-from jaxtyping import Float
-from torch import Tensor
 
 from factlens import editors, metrics
 from factlens.benchmarks.atlas_counterfact import other_facts
-from factlens.benchmarks.counterfact import Record
-from factlens.edits import Edit, applied
+from factlens.benchmarks.references import References, bundled_references
+from factlens.counterfact_scores import COUNTERFACT, Others
 from factlens.engines.problems import Progress, no_progress
-from factlens.errors import EditError, FactError, FactWarning, PlanError
-from factlens.facts import Fact
-from factlens.metrics import PROTOCOL, harmonic_mean, magnitude, success
+from factlens.errors import PlanError
+from factlens.evaluation_rows import WAYS, Row, Session
+from factlens.metrics import MODES, harmonic_mean
 from factlens.models import Model
+from factlens.scoring import Benchmark, Texts, means, one_protocol
+from factlens.zsre_scores import ZSRE
 
+BENCHMARKS = (COUNTERFACT, ZSRE)
 BATCH = 16
 """Records whose edits an editor may optimise side by side."""
 NONE = "none"
 """The editor's name of the unedited model."""
-SCORES = ("ES", "EM", "PS", "PM", "NS", "NM", "target_first", "retention")
-"""Columns of shares and of differences of probability; `S` is made of the means of ES, PS and NS."""
-FAILURES = (EditError, FactError)
-"""What a single record can do wrong; of anything else the next one would die too."""
-
-Pair = tuple[str, str]
-"""A prompt and a target."""
-Others = Callable[[Record], Sequence[Fact]]
-"""Gives the other facts of a record's subject, which should survive."""
 
 
 def evaluate(
     model: Model,
     editor: editors.Editor | None,
-    records: Iterable[Record],
+    records: Iterable[Any],
     *,
     config: Any = None,
+    mode: str = "independent",
+    every: int | None = None,
+    generations: int | None = None,
     others: Others = other_facts,
+    references: References | None = None,
     label: str | None = None,
     batch: int = BATCH,
     progress: Progress = no_progress,
 ) -> pd.DataFrame:
-    """Edit each record by itself, measure it, and undo it; the model is left as it was, bit for bit.
+    """Edit records, measure each, and undo the edits; the model is left as it was, bit for bit.
 
-    Columns: `case_id, subject, relation_id, editor`, the scores, `n_other, protocol, reason`. ES, PS and NS are the shares of the
-    record's prompts at which the edit succeeds, EM, PM and NM the mean differences of probability (REFERENCE, section 3);
-    `target_first` says whether the edited model goes on from the rewrite's prompt with the new object, and `retention` is the share
-    of the subject's `n_other` sentences that were known before the edit and still are, NaN where there were none. A record whose
-    edit fails has its reason and NaN for scores.
+    Columns for CounterFact: `case_id, subject, relation_id, editor, measured_after`, the scores, `n_other, KL`, with
+    `generations` the scores of texts and `text_protocol`, then `protocol, reason`.
+
+    - ES, PS and NS are the shares of the record's prompts at which the edit succeeds, EM, PM and NM the mean differences of
+      probability (REFERENCE, section 3). `NS_known` is NS on the neighbours of which the unedited model says the true object, and
+      `known_neighbours` their share. `NS+` is NS with the edit's sentence before each neighbour's prompt (CounterFact+).
+    - `target_first` says whether the model goes on from the rewrite's prompt with the new object; `retention` is the share of the subject's
+      `n_other` sentences that were known before the edit and still are, NaN where there were none.
+    - `inverse` is the share of the relation's reversed sentences with the new object after which the model says the subject, and
+      `inverse_likelier` of those at which it finds the subject likelier than with the true object; NaN but for bundled relations.
+    - `KL` is KL(unedited || edited) in nats per token of a few bundled paragraphs that name none of the edited subjects.
+    - `free` and `free_paraphrase` say how often greedy text says the new object, after the rewrite's prompt and its paraphrases, GE how varied
+      texts are that are drawn from the 5 likeliest tokens, RS how like texts about subjects that do have the new object.
+
+    For zsRE: `case_id, subject, editor, measured_after, efficacy, paraphrase, specificity, KL, protocol, reason`.
+
+    A record that lacks prompts, or whose edit fails, has its reason and NaN for scores.
 
     Args:
         model: a hooked model without edits.
-        editor: `(model, rewrite, config) -> Edit`; None measures the unedited model, the control.
-        records: CounterFact records, from a file or of atlas.
+        editor: `(model, rewrites, config) -> Edit`; None measures the unedited model, the control.
+        records: of CounterFact's or of zsRE's form, from a file or of atlas.
         config: given to the editor as it is.
+        mode: "independent": each record by itself. "sequential": edits are kept, each computed on the model that has those before
+            it, and all records are measured after the last. "batch": all rewrites are one edit. `measured_after` says how many
+            rewrites were on the model; what the other edits change by right is not asked (`counterfact_scores.cases`).
+        every: in sequential mode, measure after so many records too, and again after so many more: all records up to there.
+        generations: tokens of a generated text with its prompt, 100 in the paper; None generates none, which is faster.
         others: the facts that `retention` asks; by default those that the bundled tables have.
+        references: what RS compares with; by default paragraphs about the bundled subjects.
         label: what to call the editor in the frame; its own name by default.
         batch: records whose edits may be optimised side by side, where the editor can.
-        progress: told (records measured, records in all).
+        progress: told (steps done, steps in all): a step is a record measured, in sequential mode also a record edited.
+
+    Raises:
+        PlanError: no such mode, records of two benchmarks, or texts of records that have no prompts for them.
     """
     asked = list(records)
-    name = label or (NONE if editor is None else _name(editor))
-    rows: list[dict[str, object]] = []
-    for start in range(0, len(asked), batch):
-        chunk = asked[start : start + batch]
-        known = _spared(lambda some: _known(model, some, others), chunk)
-        edits = _spared(lambda some: _edits(model, editor, some, config), chunk)
-        for record, pairs, edit in zip(chunk, known, edits, strict=True):
-            rows.append(_row(model, record, pairs, edit) | {"editor": name})
-            progress(len(rows), len(asked))
-    columns = [
-        "case_id",
-        "subject",
-        "relation_id",
-        "editor",
-        *SCORES,
-        "n_other",
-        "protocol",
-        "reason",
-    ]
-    frame = pd.DataFrame(rows, columns=columns)
-    return frame.astype(dict.fromkeys(SCORES, float))
+    of = benchmark_of(asked)
+    _check(of, mode, every, generations, batch)
+    texts = None
+    if generations is not None:
+        texts = Texts(generations, references or bundled_references())
+    name = label or (NONE if editor is None else name_of(editor))
+    session = Session(model, editor, config, of, mode, others, texts, name)
+    rows: list[Row] = []
+    steps = steps_of(len(asked), mode, every)
+    points = _points(len(asked), every)
+    for done, row in enumerate(WAYS[mode](session, asked, batch, points), 1):
+        rows += [] if row is None else [row]
+        progress(done, steps)
+    return frame_of(rows, of, texts is not None)
+
+
+def name_of(function: object) -> str:
+    """What an editor, or another function, is called where nobody gives it a name."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def benchmark_of(records: Sequence[Any]) -> Benchmark:
+    """Which benchmark the records are of; CounterFact, if there are none.
+
+    Raises:
+        PlanError: of several, or of none that is known.
+    """
+    kinds = {type(record) for record in records}
+    found = [of for of in BENCHMARKS if kinds <= {of.record}]
+    if not found:
+        names = ", ".join(sorted(f"{each.__module__}.{each.__name__}" for each in kinds))
+        raise PlanError(
+            f"records are of {' or of '.join(of.name for of in BENCHMARKS)}, not {names}; evaluate each kind by itself"
+        )
+    return found[0]
+
+
+def frame_of(rows: Sequence[Row], of: Benchmark, with_texts: bool) -> pd.DataFrame:
+    """`evaluate`'s frame of rows."""
+    written = [*of.text_scores, "text_protocol"] if with_texts else []
+    columns = [*of.labels, "editor", "measured_after", *of.scores, *of.counts, "KL", *written]
+    frame = pd.DataFrame(rows, columns=[*columns, "protocol", "reason"])
+    numbers = [*of.scores, "KL", *(of.text_scores if with_texts else ())]
+    return frame.astype(dict.fromkeys(numbers, float))
+
+
+def steps_of(records: int, mode: str, every: int | None = None) -> int:
+    """How many steps of progress an evaluation has."""
+    return records + sum(_points(records, every)) if mode == "sequential" else records
+
+
+def _points(records: int, every: int | None) -> list[int]:
+    """After how many records of a sequence it is measured: after each `every`, and after the last."""
+    return [*range(every or records, records, every or 1), *([records] if records else [])]
+
+
+def _check(
+    of: Benchmark, mode: str, every: int | None, generations: int | None, batch: int
+) -> None:
+    if mode not in MODES:
+        raise PlanError(f"no mode {mode!r}; there are {', '.join(MODES)}")
+    if every is not None and mode != "sequential":
+        raise PlanError(f"every={every} is of edits one after another; use mode='sequential'")
+    for name, value in (("every", every), ("generations", generations), ("batch", batch)):
+        if value is not None and value < 1:
+            raise PlanError(f"{name} is a number from 1 up, not {value}")
+    if generations is not None and not of.text_scores:
+        raise PlanError(f"records of {of.name} have no prompts for texts; leave out generations")
+
+
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
-    """The means of `evaluate`'s scores, in per cent, one row for each editor of the frame.
+    """The means of `evaluate`'s scores, in per cent, one row for each editor and number of edits on the model.
 
-    Columns: `editor, S`, each score with its `..._margin`, half of the 95 % interval over records, then `n` records measured,
-    `n_retention` of them with other facts that were known, `failed` records without an edit, `protocol`. S is the harmonic
-    mean of the means of ES, PS and NS.
+    Columns: `editor, measured_after`, for CounterFact `S`, each score with its `..._margin`, half of the 95 % interval over records,
+    `KL` in nats per token with its margin, then `n` records measured, for CounterFact `n_retention` of them with other facts that
+    were known, `failed` records without scores, `protocol`. S is the harmonic mean of the means of ES, PS and NS.
 
     Raises:
         PlanError: numbers of several protocols, which do not compare, or no numbers.
     """
-    protocols = sorted(set(frame["protocol"]))
-    if len(protocols) != 1:
-        found = " and ".join(protocols) or "none"
-        raise PlanError(f"a table has numbers of one protocol, not of {found}; make one for each")
+    protocol = one_protocol(frame)
+    of = next(each for each in BENCHMARKS if protocol.startswith(each.scoring))
+    scores = [*of.scores, *(each for each in of.text_scores if each in frame)]
     rows = []
-    for name, group in frame.groupby("editor", sort=False):
+    for (name, after), group in frame.groupby(["editor", "measured_after"], sort=False):
         measured = group[group["reason"] == ""]
-        means = measured[list(SCORES)].mean()
-        row = {"editor": name, "S": 100 * harmonic_mean(means[["ES", "PS", "NS"]])}
-        for score in SCORES:
-            row[score] = 100 * means[score]
-            row[f"{score}_margin"] = 100 * metrics.half_width(measured[score])
+        found = means(measured, scores)
+        row: Row = {"editor": name, "measured_after": int(after)}
+        if of is COUNTERFACT:
+            row["S"] = 100 * harmonic_mean(found[each] / 100 for each in ("ES", "PS", "NS"))
+        row |= found | {"KL": float(measured["KL"].mean())}
+        row["KL_margin"] = metrics.half_width(measured["KL"])
         row["n"] = len(measured)
-        row["n_retention"] = int(measured["retention"].notna().sum())
-        row["failed"] = len(group) - len(measured)
-        rows.append({**row, "protocol": protocols[0]})
+        if of is COUNTERFACT:
+            row["n_retention"] = int(measured["retention"].notna().sum())
+        rows.append({**row, "failed": len(group) - len(measured), "protocol": protocol})
     return pd.DataFrame(rows)
-
-
-# -- one record ------------------------------------------------------------------------------------
-
-
-def _name(editor: editors.Editor) -> str:
-    return str(getattr(editor, "__name__", type(editor).__name__))
-
-
-def _spared(do: Callable[[Sequence[Record]], list], records: Sequence[Record]) -> list:
-    """What `do` gives for each record, or why it gives nothing: one bad record does not take the others with it."""
-    try:
-        return do(records)
-    except FAILURES as error:
-        if len(records) == 1:
-            return [_reason(error)]
-    return [found for record in records for found in _spared(do, [record])]
-
-
-def _edits(
-    model: Model, editor: editors.Editor | None, records: Sequence[Record], config: Any
-) -> list[Edit | None]:
-    """The edit of each record; None without an editor."""
-    if editor is None:
-        return [None] * len(records)
-    with warnings.catch_warnings():
-        # Whether an edit takes is what is measured; a line for each of hundreds would hide what is not.
-        for said in ("the edit of .* did not take", "the model says .* already"):
-            warnings.filterwarnings("ignore", said, FactWarning)
-        return [*editors.each(editor, model, [record.rewrite for record in records], config)]
-
-
-def _known(model: Model, records: Sequence[Record], others: Others) -> list[list[Pair]]:
-    """(prompt, object) of each record's other facts that the unedited model says."""
-    asked = [[(fact.prompt, str(fact.object)) for fact in others(record)] for record in records]
-    said = iter(metrics.score(model, [pair for some in asked for pair in some]).ranked_first)
-    return [[pair for pair in some if next(said)] for some in asked]
-
-
-def _row(
-    model: Model, record: Record, known: list[Pair] | str, edit: Edit | str | None
-) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "case_id": record.case_id,
-        "subject": record.subject,
-        "relation_id": record.relation_id,
-        **dict.fromkeys(SCORES, float("nan")),
-        "n_other": 0,
-        "protocol": PROTOCOL,
-        "reason": "",
-    }
-    if isinstance(known, str) or isinstance(edit, str):
-        return {**row, "reason": edit if isinstance(edit, str) else known}
-    try:
-        return {**row, **_measured(model, record, known, edit)}
-    except FAILURES as error:
-        return {**row, "reason": _reason(error)}
-
-
-def _measured(
-    model: Model, record: Record, known: list[Pair], edit: Edit | None
-) -> dict[str, object]:
-    """The scores of a record under its edit."""
-    prompts = [record.rewrite.prompt, *record.paraphrase_prompts, *record.neighborhood_prompts]
-    asked = [
-        (prompt, target.text)
-        for target in (record.target_new, record.target_true)
-        for prompt in prompts
-    ]
-    with contextlib.nullcontext() if edit is None else applied(model, edit):
-        scored = metrics.score(model, [*asked, *known])
-    if bool(scored.nll.isnan().any()):
-        raise EditError("the edited model gives NaN; use a smaller max_norm_ratio, or float32")
-    new, true, _ = scored.nll.split([len(prompts), len(prompts), len(known)])
-    return {
-        **_scores(new, true, len(record.paraphrase_prompts)),
-        "target_first": float(scored.ranked_first[0]),
-        "retention": float(scored.ranked_first[len(asked) :].double().mean()),
-        "n_other": len(known),
-    }
-
-
-def _scores(
-    new: Float[Tensor, " prompt"], true: Float[Tensor, " prompt"], paraphrases: int
-) -> dict[str, object]:
-    """ES to NM, from both targets' nll at the rewrite's prompt, its paraphrases, then the neighbours."""
-    said, near = slice(1, 1 + paraphrases), slice(1 + paraphrases, None)
-    return {
-        "ES": success(new[:1], true[:1]),
-        "EM": magnitude(new[:1], true[:1]),
-        "PS": success(new[said], true[said]),
-        "PM": magnitude(new[said], true[said]),
-        "NS": success(true[near], new[near]),
-        "NM": magnitude(true[near], new[near]),
-    }
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -24,6 +24,7 @@ def generate(
     prompts: str,
     *,
     max_new_tokens: int = ...,
+    max_tokens: int | None = ...,
     top_k: int | None = ...,
     temperature: float = ...,
     seed: int = ...,
@@ -35,6 +36,7 @@ def generate(
     prompts: list[str] | tuple[str, ...],
     *,
     max_new_tokens: int = ...,
+    max_tokens: int | None = ...,
     top_k: int | None = ...,
     temperature: float = ...,
     seed: int = ...,
@@ -45,6 +47,7 @@ def generate(
     prompts: str | Sequence[str],
     *,
     max_new_tokens: int = 50,
+    max_tokens: int | None = None,
     top_k: int | None = None,
     temperature: float = 1.0,
     seed: int = 0,
@@ -56,6 +59,7 @@ def generate(
         model: a hooked model; under `applied(model, edit)` the edited one.
         prompts: one, or several, which are then continued in batches.
         max_new_tokens: at most this many tokens are added.
+        max_tokens: at most this many tokens has a text with its prompt, instead of `max_new_tokens`, and at least one is added.
         top_k: None takes the likeliest token each time; a number draws from that many likeliest ones.
         temperature: divides the logits before a draw; without `top_k` it changes nothing.
         seed: of the draws. The same prompts in the same call with the same seed give the same text; torch's own random
@@ -67,23 +71,30 @@ def generate(
 
     Raises:
         FactError: an empty prompt.
-        PromptTooLong: a prompt and `max_new_tokens` do not fit the model's positions.
+        PromptTooLong: a prompt and its new tokens do not fit the model's positions.
         PlanError: a number that is not positive.
     """
     several = [prompts] if isinstance(prompts, str) else list(prompts)
-    _check_numbers(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=1 if top_k is None else top_k
-    )
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    given |= {
+        "top_k": 1 if top_k is None else top_k,
+        "max_tokens": 1 if max_tokens is None else max_tokens,
+    }
+    _check_numbers(**given)
     tokenizer = models.tokenizer(model)
-    ids = [_ids(model, prompt, max_new_tokens, prepend_bos) for prompt in several]
+    ids = [_ids(model, prompt, prepend_bos) for prompt in several]
+    rooms = [
+        _room(model, *each, max_new_tokens, max_tokens) for each in zip(several, ids, strict=True)
+    ]
     ends = _end_ids(model)
     texts = [""] * len(several)
     with _seeded(model, seed):
-        for numbers in _batches(model, ids):
-            rows = [ids[number] for number in numbers]
-            longer = _continue(model, rows, max_new_tokens, top_k, temperature, ends)
+        for numbers in _batches(model, ids, rooms):
+            rows, most = [ids[number] for number in numbers], max(rooms[n] for n in numbers)
+            longer = _continue(model, rows, most, top_k, temperature, ends)
             for number, new in zip(numbers, longer, strict=True):
-                texts[number] = _text(tokenizer, several[number], ids[number], _until(new, ends))
+                said = _until(new[: rooms[number]], ends)
+                texts[number] = _text(tokenizer, several[number], ids[number], said)
     return texts[0] if isinstance(prompts, str) else texts
 
 
@@ -115,7 +126,7 @@ def _check_numbers(**given: float | int) -> None:
             raise PlanError(f"{name} is a number above 0, not {value}")
 
 
-def _ids(model: Model, prompt: str, new: int, prepend_bos: bool | None) -> list[int]:
+def _ids(model: Model, prompt: str, prepend_bos: bool | None) -> list[int]:
     if not prompt.strip():
         raise FactError(f"the prompt {prompt!r} is empty; give the beginning of a text")
     try:
@@ -125,8 +136,14 @@ def _ids(model: Model, prompt: str, new: int, prepend_bos: bool | None) -> list[
     ids = token_ids(models.tokenizer(model), prompt, prepend_bos)
     if not ids:
         raise FactError(f"the prompt {prompt!r} has no tokens; give the beginning of a text")
-    _check_fits(model, len(ids), new, f"the prompt {prompt[:40]!r} has")
     return ids
+
+
+def _room(model: Model, prompt: str, ids: list[int], new: int, whole: int | None) -> int:
+    """How many tokens the prompt is to get."""
+    room = new if whole is None else max(1, whole - len(ids))
+    _check_fits(model, len(ids), room, f"the prompt {prompt[:40]!r} has")
+    return room
 
 
 def _check_fits(model: Model, length: int, new: int, what: str) -> None:
@@ -162,11 +179,20 @@ def _seeded(model: Model, seed: int) -> Iterator[None]:
 # -- batches ---------------------------------------------------------------------------------------
 
 
-def _batches(model: Model, ids: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Numbers of prompts of like length; of equal length for a HookedTransformer, which guesses what is padding."""
+def _batches(model: Model, ids: Sequence[list[int]], rooms: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of prompts of like length; of equal length for a HookedTransformer, which guesses what is padding.
+
+    All of a batch get as many tokens as its first, the shortest, has room for, so the longest must have positions for them.
+    """
+    context = int(models.cfg(model).n_ctx)
     batch: list[int] = []
     for number in sorted(range(len(ids)), key=lambda each: len(ids[each])):
-        alike = not batch or models.is_bridge(model) or len(ids[batch[0]]) == len(ids[number])
+        length = len(ids[number])
+        alike = not batch or (
+            length + rooms[batch[0]] <= context
+            if models.is_bridge(model)
+            else length == len(ids[batch[0]])
+        )
         if not alike or len(batch) == BATCH:
             yield batch
             batch = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from factlens import models, runs
@@ -17,7 +17,10 @@ from factlens.errors import PromptTooLong
 from factlens.models import Model
 from factlens.tokens import answer_ids, token_ids
 
-PROTOCOL = "mean-token-nll/teacher-forced/independent/1"
+MODES = ("independent", "sequential", "batch")
+"""Each edit alone; one after another, all of them kept; all rewrites as one edit."""
+SCORING = "mean-token-nll/teacher-forced"
+PROTOCOL = f"{SCORING}/independent/1"
 """Scoring, decoding, mode and version: the paper's CounterFact, each edit alone. Numbers of two protocols do not compare."""
 BATCH = 64
 """Rows that share a forward pass."""
@@ -52,6 +55,14 @@ def magnitude(wanted: Float[Tensor, " prompt"], other: Float[Tensor, " prompt"])
     return float((torch.exp(-wanted.double()) - torch.exp(-other.double())).mean())
 
 
+def kl_per_token(
+    before: Float[Tensor, "token d_vocab"], after: Float[Tensor, "token d_vocab"]
+) -> float:
+    """KL(before || after) in nats, mean over tokens, from log-probabilities; NaN without tokens."""
+    wide = before.double()
+    return float((wide.exp() * (wide - after.double())).sum(dim=-1).mean())
+
+
 def harmonic_mean(values: Iterable[float]) -> float:
     """S, of the means ES, PS and NS; 0 where one of them is."""
     listed = list(values)
@@ -79,6 +90,17 @@ class Scored:
     """Whether greedy continuation spells the target: each of its tokens ranks first in its turn."""
     hits: tuple[Bool[Tensor, " _"], ...]
     """For each pair, which tokens of its target rank first, each after the true ones before it."""
+
+
+def next_logprobs(model: Model, texts: Sequence[str]) -> list[Float[Tensor, "token d_vocab"]]:
+    """The log-probabilities of what follows each token of each text, in float32; of long texts as much as fits the context."""
+    context = int(models.cfg(model).n_ctx)
+    rows = [token_ids(models.tokenizer(model), text)[:context] for text in texts]
+    found = runs.logits_of(model, _padded(rows)) if rows else ()
+    return [
+        each[: len(row)].float().cpu().log_softmax(dim=-1)
+        for row, each in zip(rows, found, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -133,14 +155,19 @@ def _row(model: Model, pair: tuple[str, str], number: int) -> _Row:
 def _logits(model: Model, rows: Sequence[_Row]) -> list[Float[Tensor, "token d_vocab"]]:
     """The float32 logits from which each row's target tokens are predicted."""
     places = {ids: place for place, ids in enumerate(dict.fromkeys(row.ids for row in rows))}
-    length = max(len(ids) for ids in places)
-    # Padded by the last token, so that no model takes the padding for such and masks it in its own way.
-    padded = torch.tensor([[*ids, *[ids[-1]] * (length - len(ids))] for ids in places])
+    padded = _padded(list(places))
     begin = min(len(row.ids) - len(row.targets) for row in rows)
-    logits = runs.logits_of(model, padded, keep=length - begin)
+    logits = runs.logits_of(model, padded, keep=padded.shape[1] - begin)
     return [
         logits[places[row.ids], len(row.ids) - len(row.targets) - begin : len(row.ids) - begin]
         .float()
         .cpu()
         for row in rows
     ]
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "row pos"]:
+    """Rows of unequal length as one tensor, filled up at the right, where causality makes it harmless."""
+    length = max(map(len, rows))
+    # By the last token, so that no model takes the padding for such and masks it in its own way.
+    return torch.tensor([[*row, *[row[-1]] * (length - len(row))] for row in rows])

@@ -14,7 +14,7 @@ from factlens.benchmarks.counterfact import Record
 from factlens.edits import Edit, applied
 from factlens.engines.problems import Progress, no_progress
 from factlens.errors import FactWarning, PlanError, RatingError
-from factlens.evaluation import FAILURES
+from factlens.evaluation_rows import FAILURES
 from factlens.files import written_whole
 from factlens.generation import generate
 from factlens.models import Model

@@ -3,7 +3,7 @@
     runs/x/
       run.yaml             the whole configuration, what it belongs to, versions
       facts.parquet        the facts asked, and which of them the model knows
-      parts/part-00017.parquet   one chunk's `Trace`, written to a temporary name, then renamed
+      parts/part-00017.parquet   one chunk's `Trace`, or rows, written to a temporary name, then renamed
       frame.parquet, ...   all parts together
 
 The same command resumes. Another configuration is refused, with what differs; a damaged part is set aside and done
@@ -12,20 +12,23 @@ again; a second process at the same run is told to wait.
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from filelock import FileLock, Timeout
 
 from factlens.errors import OutputError, RunError, TraceFileError
 from factlens.files import written_whole
+from factlens.row_files import Rows
 from factlens.traces import Trace
 
 FORMAT = "factlens-run/1"
 _RUN, _PARTS, _LOCK = "run.yaml", "parts", ".lock"
+
+Part = TypeVar("Part", Trace, Rows)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ class Store:
         Raises:
             RunError: it is there and cannot be opened, which says nothing against what it holds.
         """
+        return self._whole(number, Trace.load)
+
+    def read_rows(self, number: int) -> Rows | None:
+        """A finished part of an evaluation. Raises what `read` raises."""
+        return self._whole(number, Rows.load)
+
+    def _whole(self, number: int, load: Callable[[Path], Part]) -> Part | None:
         path = self.part(number)
         try:
             path.read_bytes()
@@ -52,19 +62,19 @@ class Store:
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror}") from None
         try:
-            return Trace.load(path)
-        except TraceFileError:
+            return load(path)
+        except (TraceFileError, RunError):
             set_aside = [path.with_suffix(f".damaged{n or ''}") for n in range(100)]
             path.replace(next(name for name in set_aside if not name.exists()))
             return None
 
-    def write(self, number: int, trace: Trace) -> None:
+    def write(self, number: int, part: Trace | Rows) -> None:
         """Keep a finished part.
 
         Raises:
             OutputError: the disk is full, or the directory cannot be written. Earlier parts stay.
         """
-        trace.save(self.part(number))
+        part.save(self.part(number))
 
     def config(self) -> dict[str, Any]:
         """What `run.yaml` says: `config`, `about`, and `sessions`, the times it was run."""

@@ -8,10 +8,11 @@ import pandas as pd
 
 from factlens.benchmarks.atlas_counterfact import other_facts
 from factlens.benchmarks.counterfact import Record
+from factlens.counterfact_scores import Others
 from factlens.editors import Editor
 from factlens.engines.problems import Progress, no_progress
 from factlens.errors import PlanError
-from factlens.evaluation import Others, evaluate, table
+from factlens.evaluation import evaluate, table
 from factlens.models import Model
 
 

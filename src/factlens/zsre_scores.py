@@ -4,19 +4,23 @@ All are accuracies of teacher-forced tokens, mean over the tokens of an answer, 
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 from jaxtyping import Bool
 from torch import Tensor
 
 from factlens import metrics
+from factlens.benchmarks.mentions import mentioned, plain_name
 from factlens.benchmarks.zsre import Record
 from factlens.engines.problems import Progress, no_progress
 from factlens.errors import EditError, PlanError
-from factlens.metrics import half_width, token_accuracy
+from factlens.metrics import token_accuracy
 from factlens.models import Model
+from factlens.scoring import Benchmark, Texts, means
 
-PROTOCOL = "token-argmax/teacher-forced/independent/1"
+SCORING = "token-argmax/teacher-forced"
+PROTOCOL = f"{SCORING}/independent/1"
 """Scoring, decoding, mode and version: the paper's zsRE, each edit alone."""
 SCORES = ("efficacy", "paraphrase", "specificity")
 COLUMNS = ("case_id", "subject", "editor", *SCORES, "protocol")
@@ -99,9 +103,46 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
         raise PlanError(f"a table of zsRE has numbers of {PROTOCOL}, not of {found}")
     rows = []
     for name, group in frame.groupby("editor", sort=False):
-        row: dict[str, object] = {"editor": name}
-        for score in SCORES:
-            row[score] = 100 * group[score].mean()
-            row[f"{score}_margin"] = 100 * half_width(group[score])
-        rows.append({**row, "n": len(group), "protocol": PROTOCOL})
+        rows.append({"editor": name, **means(group, SCORES), "n": len(group), "protocol": PROTOCOL})
     return pd.DataFrame(rows)
+
+
+# -- in the loop of an evaluation ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A record, and whether its unrelated question can be asked."""
+
+    record: Record
+    spared: bool
+    """No other edit on the model is about what it asks."""
+
+
+def cases(
+    model: Model, records: Sequence[Record], others: object = None, together: Sequence[Record] = ()
+) -> list[Case]:
+    """The records. Where the edits of `together` are on the model at once, an unrelated question that names one of their subjects is not asked."""
+    names = {plain_name(each.subject) for each in together}
+    return [Case(record, not mentioned(record.loc, names)) for record in records]
+
+
+def measure_case(model: Model, case: Case, texts: Texts | None = None) -> dict[str, object]:
+    """The three scores of a case; specificity is NaN where the question is not asked. Raises what `measure` raises."""
+    (row,) = _rows(model, [case.record], "")
+    scores = {name: row[name] for name in SCORES}
+    return scores if case.spared else {**scores, "specificity": float("nan")}
+
+
+ZSRE = Benchmark(
+    name="zsre",
+    record=Record,
+    scoring=SCORING,
+    labels=("case_id", "subject"),
+    scores=SCORES,
+    text_scores=(),
+    counts=(),
+    lacking=lambda record: "",
+    cases=cases,
+    measure=measure_case,
+)

@@ -13,6 +13,7 @@ from factlens.commands.shared import (
     check_writable,
     clear_errors,
     editor_named,
+    executor_for,
     load,
     usage,
 )
@@ -24,19 +25,25 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from factlens.benchmarks.counterfact import Record
+    from factlens.executors import Executor
     from factlens.models import Model
 
 Records = Annotated[
     Path | None,
     typer.Option(
-        "--records", help="A file in CounterFact's form; without it atlas-CounterFact, bundled."
+        "--records", help="A file in the benchmark's form; without it the bundled records of atlas."
     ),
 ]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(help="Settings: YAML, the official JSON, or one of EasyEdit's YAML files."),
 ]
+COUNTERFACT, ZSRE = "counterfact", "zsre"
 SHOWN = ("S", "ES", "PS", "NS", "retention")
+"""Columns that are printed of CounterFact."""
+SHOWN_ZSRE = ("efficacy", "paraphrase", "specificity")
+SHOWN_TEXTS = ("free", "GE", "RS")
+PROGRESS = "evaluating"
 
 
 def evaluate(
@@ -45,6 +52,9 @@ def evaluate(
     skip: Annotated[
         int, typer.Option(min=0, help="Leave out so many of the first: records looked at before.")
     ] = 0,
+    benchmark: Annotated[
+        str, typer.Option("--benchmark", "-b", help=f"{COUNTERFACT} or {ZSRE}.")
+    ] = COUNTERFACT,
     records: Records = None,
     editor: Annotated[
         list[str] | None,
@@ -65,9 +75,43 @@ def evaluate(
             help="Also the unedited model, and beside ROME itself with the identity for C."
         ),
     ] = True,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="independent: each edit alone; sequential: all are kept, and measured after the last; batch: all as one edit."
+        ),
+    ] = "independent",
+    every: Annotated[
+        int | None, typer.Option(min=1, help="In sequential mode, measure after so many edits too.")
+    ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Also scores of texts of so many tokens with their prompt; 100 in the paper.",
+        ),
+    ] = None,
+    snippets: Annotated[
+        Path | None,
+        typer.Option(help="The official attribute_snippets.json, which RS compares texts with."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with 1 if any record has no scores.")
+    ] = False,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for records.parquet and table.csv.")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for records.parquet and table.csv; the same command goes on there.",
+        ),
     ] = Path("runs/evaluation"),
+    workers: Annotated[
+        int, typer.Option(help="Processes with a model each (needs Ray for more than one).")
+    ] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster: auto, or ray://host:10001.")
+    ] = None,
     device: Device = None,
     dtype: Precision = "float32",
 ) -> None:
@@ -75,34 +119,53 @@ def evaluate(
 
     ES, PS and NS are shares of prompts (ROME, Section 3.3), EM, PM and NM differences of probability, S the harmonic mean of
     the first three; all in per cent, with 95 % intervals over records. All of them are in table.csv. Retention is the share of the subject's other facts,
-    known before, that survive: the damage that S does not show.
+    known before, that survive: the damage that S does not show. Stop it whenever you like: the same command goes on.
 
     Examples:
 
       factlens evaluate
 
-      factlens evaluate --n 50 --layer 3 --clamp 2 --no-control
+      factlens evaluate --n 50 --layer 3 --clamp 2 --no-control --out runs/layer-3
 
       factlens evaluate --editor rome --editor ft --editor ft-l --editor attn-edit
 
-      factlens evaluate --model gpt2-xl --records counterfact.json --n 1000
+      factlens evaluate --model gpt2-xl --records counterfact.json --n 1000 --generate 100
+
+      factlens evaluate --mode sequential --n 100 --every 10 --no-control --out runs/sequence
+
+      factlens evaluate --benchmark zsre --records zsre_mend_eval.json --model gpt2-xl
     """
-    with clear_errors():
+    from factlens.benchmarks.references import read_references
+    from factlens.evaluation_runs import RECORDS, Contestant, evaluate_run
+
+    with clear_errors(kept=out):
         check_writable(out)
         plans = _plans(editor or ["rome"], _settings(config, layer, clamp), control)
-        hooked = load(model, device, dtype)
-        _gather_first(hooked, [given for label, _, given in plans if label == "rome"])
-        chosen, others = _records(hooked, records, n, "test", skip)
-        frames = []
-        for label, made_by, given in plans:
-            frames.append(_measured(hooked, made_by, chosen, given, others, label))
-            _write(frames, out)
-        _show(frames)
-        failed = int((frames[-1]["reason"] != "").sum())
-        if failed:
-            reason = frames[-1].loc[frames[-1]["reason"] != "", "reason"].iloc[0]
-            console().print(f"{failed} records had no edit, such as: {reason}", markup=False)
-        console().print(str(out / "records.parquet"), soft_wrap=True, markup=False)
+        _check_texts(benchmark, generate, snippets)
+        references = read_references(snippets) if snippets is not None else None
+        executor = executor_for(model, device, None, dtype, workers, ray_address)
+        try:
+            executor.call(_gather_first, [given for label, _, given in plans if label == "rome"])
+            chosen, others = _records(executor, benchmark, records, n, "test", skip)
+            with progress(PROGRESS) as tell:
+                frame = evaluate_run(
+                    executor,
+                    [Contestant(*plan) for plan in plans],
+                    chosen,
+                    out=out,
+                    mode=mode,
+                    every=every,
+                    generations=generate,
+                    others=others,
+                    references=references,
+                    progress=tell,
+                )
+        finally:
+            executor.close()
+        _show(frame)
+        console().print(str(out / RECORDS), soft_wrap=True, markup=False)
+        if (frame["reason"] != "").any() and strict:
+            raise typer.Exit(1)
 
 
 def sweep(
@@ -134,6 +197,7 @@ def sweep(
       factlens sweep --layer 1 --layer 2 --clamp 1.5 --clamp 2.5 --clamp 4
     """
     from factlens.editors.rome import rome
+    from factlens.executors import InProcess
     from factlens.files import written_whole
     from factlens.models import n_layers
     from factlens.sweeps import best
@@ -143,7 +207,7 @@ def sweep(
         check_writable(out)
         settings = _settings(config, None, None)
         hooked = load(model, device, dtype)
-        chosen, _ = _records(hooked, records, n, "tune")
+        chosen, _ = _records(InProcess(hooked), COUNTERFACT, records, n, "tune")
         grid: dict[str, Sequence[Any]] = {"layer": layer or list(range(n_layers(hooked)))}
         _gather_first(hooked, [{**settings, "layer": each} for each in grid["layer"]])
         if clamp:
@@ -163,7 +227,12 @@ def sweep(
         taken = best(swept)
         columns = ("", *grid, *SHOWN, "n")
         rows = [
-            ("*" if row.name == taken.name else "", *[row[c] for c in grid], *_cells(row), row["n"])
+            (
+                "*" if row.name == taken.name else "",
+                *[row[c] for c in grid],
+                *_cells(row, SHOWN),
+                row["n"],
+            )
             for _, row in swept.iterrows()
         ]
         print_table(columns, rows)
@@ -219,24 +288,37 @@ def _gather_first(model: Model, plans: Sequence[dict[str, Any]]) -> None:
                 )
 
 
+def _check_texts(benchmark: str, generate: int | None, snippets: Path | None) -> None:
+    """Refuse what does not go together before the model is loaded."""
+    if benchmark not in (COUNTERFACT, ZSRE):
+        raise usage(f"no benchmark {benchmark!r}; there are {COUNTERFACT}, {ZSRE}")
+    if benchmark == ZSRE and generate is not None:
+        raise usage("zsRE has no prompts for texts; leave out --generate")
+    if snippets is not None and generate is None:
+        raise usage("--snippets are compared with generated texts; give --generate too")
+
+
 def _records(
-    model: Model, given: Path | None, n: int, part: str, skip: int = 0
-) -> tuple[list[Record], Callable[..., Sequence[Any]]]:
+    executor: Executor, benchmark: str, given: Path | None, n: int, part: str, skip: int = 0
+) -> tuple[list[Any], Callable[..., Sequence[Any]]]:
     """The first `n` records of a file, or of the bundled ones' test or tune part; and where their subjects' other facts are."""
-    from factlens.benchmarks.atlas_counterfact import counterfact, other_facts
-    from factlens.benchmarks.counterfact import read_records
+    from factlens.benchmarks import counterfact, zsre
+    from factlens.benchmarks.atlas_counterfact import other_facts
+    from factlens.benchmarks.atlas_zsre import zsre as bundled_zsre
     from factlens.benchmarks.draws import is_tuned
 
     if given is not None:
+        read: Callable[..., list[Any]] = (
+            counterfact.read_records if benchmark == COUNTERFACT else zsre.read_records
+        )
         # By subject, as the bundled ones: what is chosen on some is reported on others.
-        mine = [r for r in read_records(given) if is_tuned(r.subject) == (part == "tune")]
+        mine = [r for r in read(given) if is_tuned(r.subject) == (part == "tune")]
         if len(mine) <= skip:
             raise usage(
                 f"{given} has {len(mine)} {part} records (the others' subjects are of the other part), and {skip} are left out"
             )
-        return mine[skip : skip + n], lambda record: ()
-    with progress("asking") as tell:
-        bundled = counterfact(model, progress=lambda done, total: tell(done, total, ""))
+        return mine[skip : skip + n], _no_others
+    bundled: Any = executor.call(_bundled, None) if benchmark == COUNTERFACT else bundled_zsre()
     found = getattr(bundled, part)
     left_out = bundled.dropped.groupby("reason")["n"].sum()
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
@@ -245,66 +327,56 @@ def _records(
     )
     if len(found) <= skip:
         raise usage(
-            f"there are {len(found)} {part} records of what the model knows, and {skip} are left out"
+            f"there are {len(found)} {part} records of the bundled facts, and {skip} are left out"
         )
     return list(found[skip : skip + n]), other_facts
 
 
-def _measured(
-    model: Model,
-    editor: Any,
-    records: Sequence[Record],
-    settings: Any,
-    others: Callable[..., Sequence[Any]],
-    label: str,
-) -> pd.DataFrame:
-    from factlens.evaluation import evaluate as run
+def _bundled(model: Model, _: None) -> Any:
+    """The bundled records of what the model knows."""
+    from factlens.benchmarks.atlas_counterfact import counterfact
 
-    with progress(label) as tell:
-        return run(
-            model,
-            editor,
-            records,
-            config=settings,
-            others=others,
-            label=label,
-            progress=lambda done, total: tell(done, total, ""),
-        )
+    with progress("asking") as tell:
+        return counterfact(model, progress=lambda done, total: tell(done, total, ""))
 
 
-def _write(frames: Sequence[pd.DataFrame], out: Path) -> None:
-    import pandas as pd
-
-    from factlens.evaluation import table
-    from factlens.files import written_whole
-
-    out.mkdir(parents=True, exist_ok=True)
-    whole = pd.concat(frames, ignore_index=True)
-    with written_whole(out / "records.parquet") as partial:
-        whole.to_parquet(partial)
-    with written_whole(out / "table.csv") as partial:
-        table(whole).to_csv(partial, index=False)
+def _no_others(record: Record) -> tuple[()]:
+    """Of a file's subjects no other facts are known."""
+    return ()
 
 
-def _show(frames: Sequence[pd.DataFrame]) -> None:
-    import pandas as pd
-
+def _show(frame: pd.DataFrame) -> None:
     from factlens.evaluation import table
 
-    found = table(pd.concat(frames, ignore_index=True))
-    rows = [(row["editor"], *_cells(row), row["n"]) for _, row in found.iterrows()]
-    print_table(("editor", *SHOWN, "n"), rows)
+    found = table(frame)
+    shown = tuple(name for name in (*SHOWN, *SHOWN_ZSRE, *SHOWN_TEXTS) if name in found)
+    after = ("measured_after",) if "/independent/" not in found["protocol"].iloc[0] else ()
+    rows = [
+        (row["editor"], *(row[name] for name in after), *_cells(row, shown), row["n"])
+        for _, row in found.iterrows()
+    ]
+    print_table(("editor", *("edits" for _ in after), *shown, "n"), rows)
+    asked = (
+        f"; retention over {', '.join(map(str, found['n_retention']))} records whose subject has other known facts"
+        if "n_retention" in found
+        else ""
+    )
     console().print(
-        f"{found['protocol'].iloc[0]}; per cent, ± half of the 95 % interval; retention over "
-        f"{', '.join(map(str, found['n_retention']))} records whose subject has other known facts",
+        f"{found['protocol'].iloc[0]}; per cent, ± half of the 95 % interval{asked}",
         style="dim",
         soft_wrap=True,
         markup=False,
     )
+    for name, group in frame[frame["reason"] != ""].groupby("editor", sort=False):
+        console().print(
+            f"{name}: {len(group)} records have no scores, such as {group['case_id'].iloc[0]}: {group['reason'].iloc[0]}",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
-def _cells(row: Any) -> list[str]:
+def _cells(row: Any, shown: Sequence[str]) -> list[str]:
     return [
         f"{row[name]:.1f}" + (f" ±{row[f'{name}_margin']:.1f}" if name != "S" else "")
-        for name in SHOWN
+        for name in shown
     ]
