@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the edit of .* did not take")
 # The bracket takes the objects without a space, which is a token of its own in these models' vocabulary.
 REWRITE = Rewrite("Mount Olga is in (", "Mount Olga", "abc", "q")
 OTHER = Rewrite("The mother of Anna Lee was (", "Anna Lee", "x", "y")
-QUICK = {"steps": 4}
+QUICK = {"steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +186,11 @@ def weights_gap(model, edit: Edit, wanted: dict[str, torch.Tensor]) -> float:
     return max(float((found[name] - each).abs().max()) for name, each in wanted.items())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "opt", "gemma2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "llama"])
 def test_attributions_and_weights_are_those_of_a_slow_second_implementation(
     double_model, slow, family
 ):
-    model, steps = double_model(family), 20 if family == "gpt2" else 3
+    model, steps = double_model(family), 6 if family == "gpt2" else 2
     token = slow(family).object_ids(REWRITE.true)[0]
     wanted = slow(family).attributions(REWRITE.prompt, token, steps)
     assert apart(ours(model, REWRITE, steps), wanted) < 1e-5
@@ -204,12 +204,12 @@ def test_attributions_and_weights_are_those_of_a_slow_second_implementation(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 21}, {"prompt": "Mount Olga is at ("}, {"true": "r"}], ids=str
+    "wrong", [{"steps": 7}, {"prompt": "Mount Olga is at ("}, {"true": "r"}], ids=str
 )
 def test_the_comparison_of_attributions_can_fail(double_model, slow, wrong):
-    wanted = slow("gpt2").attributions(REWRITE.prompt, slow("gpt2").object_ids("q")[0], 20)
+    wanted = slow("gpt2").attributions(REWRITE.prompt, slow("gpt2").object_ids("q")[0], 6)
     rewrite = replace(REWRITE, **{k: v for k, v in wrong.items() if k != "steps"})
-    assert apart(ours(double_model("gpt2"), rewrite, wrong.get("steps", 20)), wanted) > 1e-3
+    assert apart(ours(double_model("gpt2"), rewrite, wrong.get("steps", 6)), wanted) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_either_embedding_can_be_written(double_model, slow, family):
 def test_attributions_of_a_layer_sum_to_what_its_neurons_add_to_the_probability(double_model, slow):
     model, oracle = double_model("gpt2"), slow("gpt2")
     token = oracle.object_ids(REWRITE.true)[0]
-    coarse, fine = (ours(model, REWRITE, steps).double().sum(dim=1) for steps in (20, 300))
+    coarse, fine = (ours(model, REWRITE, steps).double().sum(dim=1) for steps in (20, 200))
     added, ends = [], []
     for layer in range(4):
         acts = oracle.neurons(REWRITE.prompt, layer)
@@ -276,9 +276,9 @@ def test_attributions_of_a_layer_sum_to_what_its_neurons_add_to_the_probability(
         ends.append(float(slopes[1] - slopes[0]))
     added, ends = torch.tensor(added).double(), torch.tensor(ends).double()
     # A Riemann sum from the right is off by (f'(1) - f'(0)) / 2m, to first order.
-    torch.testing.assert_close(fine - added, ends / 600, atol=2e-5, rtol=0.1)
-    assert (fine - added).abs().max() < 0.1 * (coarse - added).abs().max()
-    assert (fine - added).abs().max() < 0.02 * added.abs().max()
+    torch.testing.assert_close(fine - added, ends / 400, atol=4e-5, rtol=0.1)
+    assert (fine - added).abs().max() < 0.15 * (coarse - added).abs().max()
+    assert (fine - added).abs().max() < 0.03 * added.abs().max()
     # Layers do not add the same: another one's sum would not do.
     assert (fine - added.roll(1)).abs().min() > 10 * (fine - added).abs().max()
 
@@ -358,7 +358,7 @@ def state_of(model) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_the_weights_are_left_as_they_were_to_the_bit(family_model, family, tmp_path):
     model = family_model(family)
     tokens, before = torch.tensor([[5, 9, 2, 7]]), state_of(model)
@@ -450,7 +450,7 @@ def test_an_edit_says_how_it_was_made(family_model):
 
 @pytest.fixture(scope="module")
 def records():
-    return counterfact(only=["sport", "instrument", "language"]).records[:4]
+    return counterfact(only=["sport", "instrument", "language"]).records[:3]
 
 
 @pytest.fixture(scope="module")

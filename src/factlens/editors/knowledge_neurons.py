@@ -16,14 +16,13 @@ is done where a rewrite names no true object.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from factlens import changes, configs, edits, models
-from factlens.changes import Change, RankOne
+from factlens import configs, edits, models
+from factlens.changes import LowRank, RankOne
 from factlens.editors import register_each, several
 from factlens.editors.neurons import Found, attributions, neurons_above
 from factlens.editors.questions import Question, question, say_traps
@@ -202,10 +201,7 @@ def _edit(
     """The edit with its provenance, once it is seen to do what was computed."""
     own = [_changes(model, plan, table, fact, found) for fact, found in facts]
     layers = sorted({layer for each in own for layer in each})
-    summed: dict[int, Change] = {
-        layer: reduce(changes.added, [each[layer] for each in own if layer in each])
-        for layer in layers
-    }
+    summed = {layer: _sum([each[layer] for each in own if layer in each]) for layer in layers}
     rewrites = [fact.question.rewrite for fact, _ in facts]
     info = edits.info_for(model, "kn", asdict(plan), rewrites)
     edit = Edit({models.W_out_name(layer): change for layer, change in summed.items()}, info)
@@ -236,6 +232,14 @@ def _changes(
         left[neurons] = 1
         made[layer] = RankOne(left, right)
     return made
+
+
+def _sum(parts: Sequence[RankOne]) -> RankOne | LowRank:
+    """The changes of one layer by several facts; they may share neurons."""
+    if len(parts) == 1:
+        return parts[0]
+    left = torch.stack([part.left for part in parts], dim=1)
+    return LowRank(left, torch.stack([part.right for part in parts]))
 
 
 # -- what is attributed ----------------------------------------------------------------------------
