@@ -18,6 +18,7 @@ from test_tails import assert_tails_agree
 from factlens import Edit, Fact, applied, export, fingerprint, load_model, models, runs, trace
 from factlens.editors.attention import attn_edit
 from factlens.editors.fine_tuning import ft
+from factlens.editors.knowledge_neurons import kn
 from factlens.editors.rome import rome
 from factlens.engines.one_pass import run_one_pass
 from factlens.engines.plain import run_plain
@@ -264,6 +265,19 @@ def test_fine_tuning_is_the_bridges(build, family, family_folder, tmp_path, edit
         torch.testing.assert_close(runs.logits_of(lens, tokens), wanted, atol=1e-4, rtol=1e-4)
     exported = load_model(export(lens, tmp_path / "out", one, base=folder))
     torch.testing.assert_close(runs.logits_of(exported, tokens), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "processed"), [("gpt2", False), ("gpt2", True), ("gptj", False), ("gptj", True)]
+)
+def test_knowledge_neurons_are_the_bridges(build, family, processed, family_folder):
+    lens, bridge = build(family, processed=processed), load_model(family_folder(family))
+    one, other = (kn(each, rewrite_of(), {"steps": 5}) for each in (lens, bridge))
+    assert one.info["results"][0]["neurons"] == other.info["results"][0]["neurons"]
+    clean = runs.logits_of(bridge, TOKENS).log_softmax(-1)
+    with applied(lens, one), applied(bridge, other):
+        ours, theirs = (runs.logits_of(each, TOKENS).log_softmax(-1) for each in (lens, bridge))
+    assert (ours - theirs).abs().max() < 1e-3 < 1e-2 < (theirs - clean).abs().max()
 
 
 def test_heads_that_share_keys_are_refused_where_they_are_stored_repeated(build):

@@ -10,6 +10,7 @@ import typer
 from factlens.commands.options import Device, ModelName, Precision
 from factlens.commands.shared import (
     EDITORS,
+    WITHOUT_LAYER,
     check_writable,
     clear_errors,
     editor_named,
@@ -127,7 +128,7 @@ def evaluate(
 
       factlens evaluate --n 50 --layer 3 --clamp 2 --no-control --out runs/layer-3
 
-      factlens evaluate --editor rome --editor ft --editor ft-l --editor attn-edit
+      factlens evaluate --editor rome --editor ft --editor ft-l --editor attn-edit --editor kn
 
       factlens evaluate --model gpt2-xl --records counterfact.json --n 1000 --generate 100
 
@@ -245,6 +246,8 @@ def _plans(
     """Label, editor and settings of every row of the table; ROME's settings, but for the layer, are of ROME alone."""
     if unknown := [name for name in names if name not in EDITORS]:
         raise usage(f"no editor {unknown[0]!r}; there are {', '.join(EDITORS)}")
+    if "layer" in settings and not set(names) - set(WITHOUT_LAYER):
+        raise usage(f"layer (--layer or --config): {', '.join(names)} looks in all layers")
     if "rome" not in names and (foreign := settings.keys() - {"layer"}):
         raise usage(
             f"{', '.join(sorted(foreign))} (--clamp or --config): only ROME takes it, which is not among the editors"
@@ -254,9 +257,13 @@ def _plans(
         made_by = editor_named(name)
         if name == "rome" and control:
             plans.append(("C = identity", made_by, {**settings, "moment": "identity"}))
-        own = settings if name == "rome" else {k: v for k, v in settings.items() if k == "layer"}
-        plans.append((name, made_by, own))
+        plans.append((name, made_by, settings if name == "rome" else _layer_of(name, settings)))
     return plans
+
+
+def _layer_of(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Of ROME's settings what another editor takes."""
+    return {k: v for k, v in settings.items() if k == "layer" and name not in WITHOUT_LAYER}
 
 
 def _settings(config: Path | None, layer: int | None, clamp: float | None) -> dict[str, Any]:

@@ -27,8 +27,11 @@ EDITORS = {
     "ft": "editors.fine_tuning.ft",
     "ft-l": "editors.fine_tuning.ft_l",
     "attn-edit": "editors.attention.attn_edit",
+    "kn": "editors.knowledge_neurons.kn",
 }
 """The editors by name, and where each is."""
+WITHOUT_LAYER = ("kn",)
+"""Those that look in all layers."""
 
 
 def editor_named(name: str) -> Editor:

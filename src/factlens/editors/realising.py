@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -36,7 +36,19 @@ def realise(
     Raises:
         EditError: the two disagree.
     """
-    with _moved(model, layer, change) as hooks:
+    return realise_layers(model, edit, {layer: change}, question)
+
+
+def realise_layers(
+    model: Model, edit: Edit, changes: Mapping[int, RankOne | LowRank], question: Question
+) -> dict[str, float | bool]:
+    """`realise` for an edit of several layers' `W_out`."""
+    with ExitStack() as moved:
+        hooks = [
+            hook
+            for layer, change in changes.items()
+            for hook in moved.enter_context(_moved(model, layer, change))
+        ]
         wanted = logprob(model, question, hooks)
     return compare(model, edit, question, wanted)
 

@@ -96,17 +96,9 @@ def optimise(
     with differentiable(model):
         reads = Reads(first.chosen[first.reads.rows], first.reads.positions)
         cut = tails.cut_tails(model, int(str(config.layer)), rows, lookups, reads)
-
-        def shortened(shifts: Tensor, chosen: Tensor, reads: Reads) -> Tensor:
-            return tails.run_tails(model, cut, shifts, chosen, reads)
-
-        def whole(shifts: Tensor, chosen: Tensor, reads: Reads) -> Tensor:
-            picked = [rows[n] for n in chosen.tolist()]
-            logits = tails.run_whole(model, cut.layer, picked, cut.lookups[chosen], shifts)
-            return logits[reads.rows, reads.positions]
-
+        shortened, whole = runs_of(model, cut, rows)
         used = "whole" if engine == "whole" else "tails"
-        if engine == "auto" and not _agrees(model, cut, first, shortened):
+        if engine == "auto" and not agrees(model, cut, first.chosen, first.reads, shortened):
             used = "whole"
             warnings.warn(
                 f"{models.architecture(model)} is run whole in every step, since the shortened run does not give the same",
@@ -119,6 +111,39 @@ def optimise(
         _value(question, cut, offset, path, used)
         for question, offset, path in zip(questions, _offsets(questions), found, strict=True)
     ]
+
+
+# -- how rows are run again ------------------------------------------------------------------------
+
+
+def runs_of(model: Model, cut: Tails, rows: Sequence[Int[Tensor, " _"]]) -> tuple[Run, Run]:
+    """How `rows` are run with their outputs at the lookup tokens moved: only what those reach, and the long way."""
+
+    def shortened(shifts: Tensor, chosen: Tensor, reads: Reads) -> Tensor:
+        return tails.run_tails(model, cut, shifts, chosen, reads)
+
+    def whole(shifts: Tensor, chosen: Tensor, reads: Reads) -> Tensor:
+        picked = [rows[n] for n in chosen.tolist()]
+        logits = tails.run_whole(model, cut.layer, picked, cut.lookups[chosen], shifts)
+        return logits[reads.rows, reads.positions]
+
+    return shortened, whole
+
+
+def agrees(
+    model: Model, cut: Tails, chosen: Int[Tensor, " chosen"], reads: Reads, run: Run
+) -> bool:
+    """Whether `run`, with nothing moved, gives what the whole run gave."""
+    still = cut.outputs.new_zeros(len(chosen), cut.outputs.shape[1])
+    try:
+        with torch.no_grad():
+            again = run(still, chosen, reads)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise  # The long way takes more.
+        return False  # An architecture that takes no prefix or no mask of this form: the long way is open.
+    gap = again.float().log_softmax(-1) - cut.clean.float().log_softmax(-1)
+    return float(gap.abs().max()) < AGREEMENT.get(models.dtype_of(model), 1e-3)
 
 
 # -- what is read ----------------------------------------------------------------------------------
@@ -176,20 +201,6 @@ def _asked(questions: Sequence[Question], active: Sequence[int], device: torch.d
     reads = Reads(index((*places, *at)), index((*positions, *kl_positions)))
     weight = torch.tensor(weights, device=device)
     return _Asked(index(rows), index(owners), reads, index(tokens), weight, index((*of, *kl_of)))
-
-
-def _agrees(model: Model, cut: Tails, asked: _Asked, run: Run) -> bool:
-    """Whether `run`, with nothing moved, gives what the whole run gave."""
-    still = cut.outputs.new_zeros(len(asked.chosen), cut.outputs.shape[1])
-    try:
-        with torch.no_grad():
-            again = run(still, asked.chosen, asked.reads)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise  # The long way takes more.
-        return False  # An architecture that takes no prefix or no mask of this form: the long way is open.
-    gap = again.float().log_softmax(-1) - cut.clean.float().log_softmax(-1)
-    return float(gap.abs().max()) < AGREEMENT.get(models.dtype_of(model), 1e-3)
 
 
 # -- descent ---------------------------------------------------------------------------------------
