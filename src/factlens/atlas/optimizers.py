@@ -36,13 +36,13 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every matrix along its orthogonalised momentum."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[torch.Size, dict[Tensor, Tensor]] = {}
             for weight in group["params"]:
-                if weight.grad is None:  # of a block that does not run yet
-                    continue
-                by_shape.setdefault(weight.shape, []).append(weight)
+                if weight.grad is not None:  # of a block that does not run yet there is none
+                    momentum = self._momentum(weight, weight.grad)
+                    by_shape.setdefault(weight.shape, {})[weight] = momentum
             for shape, weights in by_shape.items():
-                moved = orthogonal(torch.stack([self._momentum(one, one.grad) for one in weights]))
+                moved = orthogonal(torch.stack([*weights.values()]))
                 rate = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
                 for weight, towards in zip(weights, moved, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(towards, alpha=-rate)
