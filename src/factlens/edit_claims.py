@@ -1,0 +1,146 @@
+"""The claims of ROME's Section 3 put to evaluations, each as a paired difference over records with its interval and a verdict.
+
+The rule is that of Section 2's claims (`claims.verdict`): a claim is seen when the 95 % interval of its difference lies wholly
+on the paper's side. Records are the unit of sampling; both sides of a difference are of the same records.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from factlens.claims import UNTESTABLE, Compared, verdict
+from factlens.errors import PlanError
+from factlens.evaluation import NONE
+from factlens.intervals import mean_interval
+
+COLUMNS = ("claim", "paper", "difference", "low", "high", "n_records", "verdict", "how")
+BLED = 0.1
+"""Of NS, that an edit may lose before it bleeds over: the paper's red figures lie further below the unedited model's."""
+FELL_SHORT = 0.1
+"""Of efficacy, that paraphrases may miss before an edit fails to generalise."""
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Scores by editor and record, of records that were measured."""
+
+    frame: pd.DataFrame
+
+    def of(self, editor: str, score: str) -> pd.Series:
+        """One score of an editor, by record.
+
+        Raises:
+            LookupError: the editor, or the score, was not measured.
+        """
+        rows = self.frame[self.frame["editor"] == editor]
+        if rows.empty or score not in rows:
+            raise LookupError(f"{score} of {editor} was not measured")
+        return rows.set_index("case_id")[score].astype(float)
+
+
+def section_3(counterfact: pd.DataFrame, zsre: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Every claim of Sections 3.3 to 3.5 about how editors compare: `claim, paper, difference, low, high, n_records, verdict, how`.
+
+    Differences are of shares, positive where the paper is right; intervals are BCa bootstrap over the records that both sides
+    have. What was not measured is not testable here, with its reason.
+
+    Args:
+        counterfact: the frame of `evaluate` on CounterFact records, with the editors "none" (unedited), "rome", "ft", "ft-l",
+            "attn-edit" and "kn" as far as they were run.
+        zsre: the same on zsRE's records.
+
+    Raises:
+        PlanError: an editor has a record twice, so that records cannot be paired.
+    """
+    for frame in (counterfact, *([] if zsre is None else [zsre])):
+        if (twice := frame.duplicated(["editor", "case_id"])).any():
+            row = frame[twice].iloc[0]
+            raise PlanError(f"{row['editor']} has record {row['case_id']} twice; give each once")
+    cf = _Scores(counterfact[counterfact["reason"] == ""])
+    rows = [_row(claim, paper, compare) for claim, paper, compare in _claims(cf)]
+    if zsre is not None:
+        asked = _Scores(zsre[zsre["reason"] == ""])
+        rows.append(
+            _row(
+                "zsRE's specificity of FT moves less than its NS",
+                "-1.2 against -37.7 points",
+                lambda: _insensitive(cf, asked),
+            )
+        )
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _claims(cf: _Scores) -> list[tuple[str, str, Callable[[], Compared]]]:
+    return [
+        (
+            "ROME says the new fact in other words: PS above FT+L's",
+            "96.4 against 48.7",
+            lambda: _above(cf, "PS", "rome", "ft-l"),
+        ),
+        (
+            "ROME leaves neighbours alone: NS above FT's",
+            "75.4 against 40.4",
+            lambda: _above(cf, "NS", "rome", "ft"),
+        ),
+        ("FT bleeds over: its NS is more than 10 points below the unedited model's", "40.4 against 78.1", lambda: _bleeds(cf, "ft")),
+        ("ROME does not bleed over: its NS is less than 10 points below the unedited model's", "75.4 against 78.1", lambda: _spares(cf, "rome")),
+        ("FT+L fails to generalise: its PS is more than 10 points below its ES", "48.7 against 99.1", lambda: _falls_short(cf, "ft-l")),
+        ("ROME generalises: its PS is less than 10 points below its ES", "96.4 against 99.9", lambda: _follows(cf, "rome")),
+        ("AttnEdit regurgitates: its PS is more than 10 points below its ES", "Figure 22, Appendix I", lambda: _falls_short(cf, "attn-edit")),
+        ("ROME is more effective than KN: ES above KN's", "99.9 against 28.7", lambda: _above(cf, "ES", "rome", "kn")),
+    ]  # fmt: skip
+
+
+# -- what is compared ------------------------------------------------------------------------------
+
+
+def _above(cf: _Scores, score: str, one: str, other: str) -> Compared:
+    return _paired(cf.of(one, score), cf.of(other, score)), f"{score} of {one} minus that of {other}"
+
+
+def _bleeds(cf: _Scores, editor: str) -> Compared:
+    lost = _paired(cf.of(NONE, "NS"), cf.of(editor, "NS"))
+    return lost - BLED, f"NS unedited minus NS of {editor}, minus {BLED:g}"
+
+
+def _spares(cf: _Scores, editor: str) -> Compared:
+    lost, how = _bleeds(cf, editor)
+    return -lost, f"{BLED:g} minus what NS loses from the unedited model to {editor}"
+
+
+def _falls_short(cf: _Scores, editor: str) -> Compared:
+    gap = _paired(cf.of(editor, "ES"), cf.of(editor, "PS"))
+    return gap - FELL_SHORT, f"ES minus PS of {editor}, minus {FELL_SHORT:g}"
+
+
+def _follows(cf: _Scores, editor: str) -> Compared:
+    gap, _ = _falls_short(cf, editor)
+    return -gap, f"{FELL_SHORT:g} minus what PS of {editor} is below its ES"
+
+
+def _insensitive(cf: _Scores, zsre: _Scores) -> Compared:
+    """Records of two benchmarks cannot be paired, so zsRE's mean loss is taken from each loss of NS: its own spread is left out."""
+    lost = _paired(cf.of(NONE, "NS"), cf.of("ft", "NS"))
+    moved = _paired(zsre.of(NONE, "specificity"), zsre.of("ft", "specificity"))
+    return lost - abs(moved.mean()), (
+        f"what FT takes from NS, minus the {abs(moved.mean()):.3f} that it moves zsRE's specificity (mean of {moved.count()} records)"
+    )
+
+
+def _paired(one: pd.Series, other: pd.Series) -> pd.Series:
+    """The difference on the records that have both."""
+    return (one - other).dropna()
+
+
+def _row(claim: str, paper: str, compare: Callable[[], Compared]) -> tuple:
+    try:
+        values, how = compare()
+    except LookupError as error:
+        return claim, paper, np.nan, np.nan, np.nan, 0, UNTESTABLE, str(error).strip("'\"")
+    found = mean_interval(values, interval="bootstrap")
+    said = verdict(found)
+    if said == UNTESTABLE:
+        how = f"{found.n} records are too few; {how}"
+    return claim, paper, found.mean, found.low, found.high, found.n, said, how
