@@ -31,6 +31,8 @@ LAYERS = [
     ],
     ["commands.edit_plans"],
     ["commands.shared", "commands.options"],
+    ["paper_tables"],
+    ["table_texts", "paper_numbers"],
     ["terminal"],
     ["edit_pages", "rating_pages"],
     ["reports"],
