@@ -47,6 +47,7 @@ LAYERS = [
     ["studies"],
     ["claims"],
     ["peaks"],
+    ["layer_sweeps"],
     ["effects", "gradients", "tracing"],
     ["sweeps", "rewrites", "rating_texts"],
     ["evaluation", "lenses", "zsre_scores", "ratings"],
