@@ -97,7 +97,9 @@ def _claims(cf: _Scores) -> list[tuple[str, str, Callable[[], Compared]]]:
 
 
 def _above(cf: _Scores, score: str, one: str, other: str) -> Compared:
-    return _paired(cf.of(one, score), cf.of(other, score)), f"{score} of {one} minus that of {other}"
+    return _paired(
+        cf.of(one, score), cf.of(other, score)
+    ), f"{score} of {one} minus that of {other}"
 
 
 def _bleeds(cf: _Scores, editor: str) -> Compared:
@@ -106,7 +108,7 @@ def _bleeds(cf: _Scores, editor: str) -> Compared:
 
 
 def _spares(cf: _Scores, editor: str) -> Compared:
-    lost, how = _bleeds(cf, editor)
+    lost, _ = _bleeds(cf, editor)
     return -lost, f"{BLED:g} minus what NS loses from the unedited model to {editor}"
 
 

@@ -123,6 +123,30 @@ def moment_for(
     return gather(model, layers, corpus, tokens=amount, folder=folder, progress=progress)[layer]
 
 
+def gather_missing(
+    model: Model,
+    layers: Sequence[int],
+    *,
+    tokens: int | str | None = None,
+    folder: str | Path | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Have the moments of several `layers` where `moment_for` finds them: those that are not stored are gathered in one pass.
+
+    Raises what `moment_for` raises.
+    """
+    missing = [
+        layer
+        for layer in check_layers(model, layers)
+        if stored_moment(model, layer, tokens, folder) is None
+    ]
+    if missing:
+        corpus = default_corpus(model)
+        wanted = range(models.n_layers(model)) if is_bundled(model) else missing
+        amount = default_tokens(model, corpus) if tokens is None else tokens
+        gather(model, wanted, corpus, tokens=amount, folder=folder, progress=progress)
+
+
 def stored_moment(
     model: Model,
     layer: int,

@@ -67,8 +67,8 @@ def lines(
         for role in [role for role in chosen if role in set(panel["role"])]:
             rows = panel[panel["role"] == role].sort_values("layer")
             colour = ROLE_COLOURS.get(role, styles.OTHER_COLOUR)
-            curve = _curve(rows, "aie", hover(rows), role, colour, legend=role not in named)
-            figure.add_traces(curve, rows=1, cols=column)
+            drawn = curve(rows, "aie", hover(rows), role, colour, legend=role not in named)
+            figure.add_traces(drawn, rows=1, cols=column)
             named.add(role)
         figure.update_xaxes(styles.layer_axis(panel), row=1, col=column)
     figure.update_yaxes(title_text=scale_name(panels[0]), col=1)
@@ -131,15 +131,15 @@ def _draw_cuts(
     for cut in [cut for cut in SEVERED if cut in set(rows["severed"])]:
         one = rows[rows["severed"] == cut].sort_values("layer")
         colour = styles.COLOURS["state" if cut == "none" else cut]
-        curve = _curve(one, value, texts(one), styles.CUTS[cut], colour, legend=legend)
-        curve[1].line.dash = DASHES[cut]
-        figure.add_traces(curve, rows=1, cols=column)
+        drawn = curve(one, value, texts(one), styles.CUTS[cut], colour, legend=legend)
+        drawn[1].line.dash = DASHES[cut]
+        figure.add_traces(drawn, rows=1, cols=column)
 
 
-def _curve(
+def curve(
     rows: pd.DataFrame, value: str, texts: list[str], name: str, colour: str, *, legend: bool
 ) -> list[go.Scatter]:
-    """The band from `low` to `high` and the line through `value`; a click in the legend hides both."""
+    """The band from `low` to `high` and the line through `value` over `layer`; a click in the legend hides both."""
     name = escape(name)
     known = rows.dropna(subset=["low", "high"])
     layers, low, high = (list(known[column]) for column in ("layer", "low", "high"))

@@ -77,6 +77,20 @@ def half_width(values: Iterable[float]) -> float:
     return float(1.96 * table.std(ddof=1) / np.sqrt(len(table))) if len(table) > 1 else float("nan")
 
 
+def harmonic_half_width(parts: Float[np.ndarray, "record part"]) -> float:
+    """Half of the 95 % interval of `harmonic_mean` of the parts' means, such as S's; records with a NaN are left out.
+
+    By the delta method: S moves by S² / (k m²) for each unit by which the mean m of one of its k parts does, so S varies over
+    records as the sum of the parts so weighted. 0 where S is 0: a share whose mean is 0 is 0 in every record.
+    """
+    table = parts[~np.isnan(parts).any(axis=1)]
+    means = table.mean(axis=0) if len(table) else np.full(parts.shape[1], np.nan)
+    whole = harmonic_mean(means)
+    if whole == 0:
+        return 0.0
+    return half_width(table @ ((whole / means) ** 2 / len(means)))
+
+
 # -- measuring -------------------------------------------------------------------------------------
 
 

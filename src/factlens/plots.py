@@ -2,7 +2,7 @@
 
 A trace draws single facts (`heatmap`), an averaged frame the paper's Figures 2, 3 and 7 (`heatmap`, `severed`,
 `lines`) and small multiples (`models`); stored frames draw without a model. Of edits: `losses`, `matrix`, `ranking`, and
-`compared` for a trace before and after. `save` writes a figure to a file.
+`compared` for a trace before and after; `sweep` draws Figure 5. `save` writes a figure to a file.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from factlens.line_plots import lines as lines
 from factlens.line_plots import severed as severed
 from factlens.scatter_plots import agreement as agreement
 from factlens.styles import escape as escape
+from factlens.sweep_plots import sweep as sweep
 from factlens.traces import Trace
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ranking",
     "save",
     "severed",
+    "sweep",
 ]
 
 

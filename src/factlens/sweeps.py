@@ -34,12 +34,29 @@ def sweep(
     Raises:
         PlanError: nothing to choose from.
     """
+    measured = sweep_records(
+        model, editor, records, grid, config=config, others=others, progress=progress
+    )
+    return tabulated(measured, list(grid))
+
+
+def sweep_records(
+    model: Model,
+    editor: Editor,
+    records: Iterable[Record],
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    config: Mapping[str, Any] | None = None,
+    others: Others = other_facts,
+    progress: Progress = no_progress,
+) -> pd.DataFrame:
+    """What `sweep` tabulates: for every combination the rows of `evaluate`, one a record, behind the settings. Raises what `sweep` raises."""
     chosen = list(records)
     if not chosen or not grid or not all(grid.values()):
         raise PlanError("a sweep needs records, and at least one value of each setting")
-    combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    total, rows = len(combinations) * len(chosen), []
-    for number, settings in enumerate(combinations):
+    every = combinations(grid)
+    total, frames = len(every) * len(chosen), []
+    for number, settings in enumerate(every):
 
         def tell(done: int, of: int, number: int = number) -> None:
             progress(number * len(chosen) + done, total)
@@ -52,8 +69,28 @@ def sweep(
             others=others,
             progress=tell,
         )
-        row = table(frame).iloc[0].to_dict()
-        rows.append({**settings, **row})
+        for place, (name, value) in enumerate(settings.items()):
+            frame.insert(place, name, pd.Series([value] * len(frame)))
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every choice of one value of each setting, the last setting changing fastest."""
+    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+
+def tabulated(measured: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
+    """The table of `sweep` from the rows of `sweep_records`: one row for each combination of the `settings`, best first."""
+    # By what they look like: a value may be a list, by which nothing can be grouped.
+    looks = [measured[name].map(repr) for name in settings]
+    rows = [
+        {
+            **{name: group[name].iloc[0] for name in settings},
+            **table(group.drop(columns=[*settings])).iloc[0],
+        }
+        for _, group in measured.groupby(looks, sort=False)
+    ]
     return pd.DataFrame(rows).sort_values(["S", "retention"], ascending=False, kind="stable")
 
 

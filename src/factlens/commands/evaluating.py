@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from factlens.commands.layer_figures import draw_layers, main_trace
 from factlens.commands.options import Device, ModelName, Precision
 from factlens.commands.shared import (
     EDITORS,
@@ -45,6 +46,12 @@ SHOWN = ("S", "ES", "PS", "NS", "retention")
 SHOWN_ZSRE = ("efficacy", "paraphrase", "specificity")
 SHOWN_TEXTS = ("free", "GE", "RS")
 PROGRESS = "evaluating"
+TOKENS = {
+    "first-subject": "subject-first",
+    "middle-subject": "subject-middle",
+    "last-subject": "subject-last",
+}
+"""Roles of tokens in traces, and what ROME's config calls them; of the others both say the same."""
 
 
 def evaluate(
@@ -174,6 +181,14 @@ def sweep(
     layer: Annotated[
         list[int] | None, typer.Option("--layer", "-l", help="Repeat for several; all without it.")
     ] = None,
+    token: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--token",
+            "-t",
+            help=f"Where the fact is looked up: {', '.join(TOKENS)}, first-after, last; repeat for several. The config's without it.",
+        ),
+    ] = None,
     clamp: Annotated[
         list[float] | None,
         typer.Option(help="Bounds of the shift, as multiples of ‖v0‖; repeat for several."),
@@ -181,40 +196,60 @@ def sweep(
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many records.")] = 100,
     records: Records = None,
     config: ConfigFile = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for sweep.csv.")] = Path(
-        "runs/sweep"
-    ),
+    average: Annotated[
+        Path | None,
+        typer.Option(
+            help="A finished run of `factlens average` of this model, whose AIE is drawn and correlated beside; with --token."
+        ),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Folder for sweep.csv and records.parquet, of tokens layers.html."
+        ),
+    ] = Path("runs/sweep"),
     device: Device = None,
     dtype: Precision = "float32",
 ) -> None:
-    """Evaluate ROME at several layers and clamps, on records that `factlens evaluate` does not use.
+    """Evaluate ROME at several layers, tokens and clamps, on records that `factlens evaluate` does not use.
 
-    The one marked has the highest S; of those within a tenth of a point, it keeps most of the subject's other facts.
+    The one marked has the highest S; of those within a tenth of a point, it keeps most of the subject's other facts. With tokens, the
+    paper's Figure 5 is drawn.
 
     Examples:
 
       factlens sweep --n 50
 
       factlens sweep --layer 1 --layer 2 --clamp 1.5 --clamp 2.5 --clamp 4
+
+      factlens sweep --token first-subject --token middle-subject --token last-subject --token last --average runs/average
     """
     from factlens.editors.rome import rome
     from factlens.executors import InProcess
     from factlens.files import written_whole
     from factlens.models import n_layers
-    from factlens.sweeps import best
-    from factlens.sweeps import sweep as run
+    from factlens.sweeps import best, combinations, sweep_records, tabulated
 
     with clear_errors():
         check_writable(out)
+        if average is not None and not token:
+            raise usage("--average is drawn beside edits at tokens; give --token last-subject")
+        if token and len(clamp or ()) > 1:
+            raise usage(
+                "with --token there is one figure, of one clamp; run the command for each --clamp"
+            )
         settings = _settings(config, None, None)
         hooked = load(model, device, dtype)
-        chosen, _ = _records(InProcess(hooked), COUNTERFACT, records, n, "tune")
+        traced = None if average is None else main_trace(average, hooked)
         grid: dict[str, Sequence[Any]] = {"layer": layer or list(range(n_layers(hooked)))}
-        _gather_first(hooked, [{**settings, "layer": each} for each in grid["layer"]])
+        if token:
+            grid["fact_token"] = [TOKENS.get(each, each) for each in dict.fromkeys(token)]
         if clamp:
             grid["max_norm_ratio"] = clamp
+        _gather_first(hooked, [{**settings, **each} for each in combinations(grid)])
+        chosen, _ = _records(InProcess(hooked), COUNTERFACT, records, n, "tune")
         with progress("editing") as tell:
-            swept = run(
+            measured = sweep_records(
                 hooked,
                 rome,
                 chosen,
@@ -222,9 +257,12 @@ def sweep(
                 config=settings,
                 progress=lambda done, total: tell(done, total, ""),
             )
+        swept = tabulated(measured, list(grid))
         out.mkdir(parents=True, exist_ok=True)
         with written_whole(out / "sweep.csv") as partial:
             swept.to_csv(partial, index=False)
+        with written_whole(out / "records.parquet") as partial:
+            measured.to_parquet(partial)
         taken = best(swept)
         columns = ("", *grid, *SHOWN, "n")
         rows = [
@@ -238,6 +276,8 @@ def sweep(
         ]
         print_table(columns, rows)
         console().print(str(out / "sweep.csv"), soft_wrap=True, markup=False)
+        if token:
+            draw_layers(measured, traced, out)
 
 
 def _plans(
@@ -279,20 +319,23 @@ def _settings(config: Path | None, layer: int | None, clamp: float | None) -> di
 
 
 def _gather_first(model: Model, plans: Sequence[dict[str, Any]]) -> None:
-    """The statistics that the edits need, with a bar, before anything else takes time."""
+    """The statistics that the edits need, with a bar, before anything else takes time: all layers in one pass."""
     from factlens.editors.rome_config import rome_config_for
-    from factlens.key_statistics import moment_for
+    from factlens.key_statistics import gather_missing
 
+    layers: dict[Any, list[int]] = {}
     for settings in plans:
         plan = rome_config_for(model, settings)
         if plan.moment == "statistics":
-            with progress("statistics") as tell:
-                moment_for(
-                    model,
-                    int(str(plan.layer)),
-                    tokens=plan.moment_tokens,
-                    progress=lambda done, total: tell(done, total, "tokens"),
-                )
+            layers.setdefault(plan.moment_tokens, []).append(int(str(plan.layer)))
+    for tokens, wanted in layers.items():
+        with progress("statistics") as tell:
+            gather_missing(
+                model,
+                wanted,
+                tokens=tokens,
+                progress=lambda done, total: tell(done, total, "tokens"),
+            )
 
 
 def _check_texts(benchmark: str, generate: int | None, snippets: Path | None) -> None:

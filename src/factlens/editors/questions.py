@@ -66,7 +66,7 @@ def question(
     Raises:
         SubjectNotFound: the subject does not occur in the prompt.
         PromptTooLong: a row has more tokens than the model has positions.
-        FactError: nothing follows the subject where the fact is to be looked up.
+        FactError: the token at which the fact is to be looked up is not there: the subject has none between, or nothing follows it.
     """
     tokenizer = models.tokenizer(model)
     target = torch.tensor(answer_ids(tokenizer, rewrite.prompt, rewrite.target))
@@ -94,10 +94,24 @@ def question(
 
 
 def lookup_of(prompt: TokenizedPrompt, fact_token: str, rewrite: Rewrite) -> int:
-    """Where the fact is looked up: the subject's last token (ROME), its first, the one after it, or the prompt's last."""
+    """Where the fact is looked up: the subject's last token (ROME), its first, one between, the one after it, or the prompt's last.
+
+    Of an even number between, the middle is the earlier of two. Raises what `question` raises.
+    """
     begin, end = prompt.subject
     last = len(prompt.words) - 1
-    places = {"subject-last": end - 1, "subject-first": begin, "first-after": end, "last": last}
+    places = {
+        "subject-last": end - 1,
+        "subject-first": begin,
+        "subject-middle": (begin + end - 1) // 2,
+        "first-after": end,
+        "last": last,
+    }
+    if fact_token == "subject-middle" and end - begin < 3:
+        raise FactError(
+            f"the subject {rewrite.subject!r} has {end - begin} tokens in {''.join(prompt.words)!r}, so none is between its first and "
+            "its last; use fact_token='subject-last'"
+        )
     if places[fact_token] > last:
         raise FactError(
             f"the prompt {rewrite.prompt!r} ends with its subject, so no token comes first after it; use fact_token='subject-last'"

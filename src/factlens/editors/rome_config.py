@@ -13,7 +13,7 @@ from factlens.errors import ConfigError
 from factlens.models import Model
 
 METHOD = "ROME"
-FACT_TOKENS = ("subject-last", "subject-first", "first-after", "last")
+FACT_TOKENS = ("subject-last", "subject-first", "subject-middle", "first-after", "last")
 KL_PLACES = ("subject-last", "prompt-end")
 VALUE_KEYS = ("mean", "prompt", "spellings")
 CONTEXTS = ("rome", "paper")
@@ -36,7 +36,8 @@ class ROMEConfig:
     layer: int | None = None
     """Block whose `mlp.W_out` is edited, from 0; None is the model's (`rome_config_for`)."""
     fact_token: str = "subject-last"
-    """Where the fact is looked up: the subject's last or first token, the one after it, or the prompt's last."""
+    """Where the fact is looked up: the subject's last or first token, the middle one (Figure 5; of three tokens or more), the one after
+    it, or the prompt's last."""
     steps: int = 20
     """Evaluations of the loss; at most one less updates of the value."""
     learning_rate: float = 0.5
