@@ -31,7 +31,7 @@ LAYERS = [
     ],
     ["commands.edit_plans", "commands.layer_figures"],
     ["commands.shared", "commands.options"],
-    ["paper_tables"],
+    ["paper_tables", "edit_claims"],
     ["table_texts", "paper_numbers"],
     ["terminal"],
     ["edit_pages", "rating_pages"],
