@@ -204,7 +204,7 @@ def ran(monkeypatch):
         name = "sweep.csv" if said[0] == "sweep" else "table.csv"
         pd.DataFrame(rows * 2).to_csv(out / name, index=False)
 
-    monkeypatch.setattr(atlas_release, "_run", run)
+    monkeypatch.setattr(atlas_release, "run_command", run)
     for name in ("_count_records", "_report"):
         monkeypatch.setattr(atlas_release, name, lambda to: to.write_text("\n"))
     return commands
@@ -253,7 +253,7 @@ def test_measurements_of_another_checkpoint_are_refused(folder, checkout, tmp_pa
 
 def test_a_command_that_fails_ends_the_release():
     with pytest.raises(RunError, match="`factlens report nowhere` ended with"):
-        atlas_release._run(["report", "nowhere"])
+        atlas_release.run_command(["report", "nowhere"])
 
 
 # -- writing ---------------------------------------------------------------------------------------

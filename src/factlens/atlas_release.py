@@ -9,8 +9,6 @@ whoever reads them.
 
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ import pandas as pd
 import typer
 
 from factlens.atlas_blocks import COMMAND, SECONDS, Measured, read_table, with_blocks
-from factlens.commands.shared import check_writable, clear_errors
+from factlens.commands.shared import check_writable, clear_errors, keep_plan, run_command
 from factlens.errors import OutputError, RunError
 from factlens.files import written_whole
 from factlens.store import locked
@@ -72,7 +70,7 @@ def measure(
             _step(out, "edits/table.csv", ["evaluate", "--n", numbers["edits"], *where], rows=3)
             _count_records(out / "records.csv")
             _report(out / "report.json")
-            _run(["average", "--n", numbers["average"], "--out", out / "average"])
+            run_command(["average", "--n", numbers["average"], "--out", out / "average"])
         console().print(str(out), markup=False, soft_wrap=True)
 
 
@@ -119,15 +117,7 @@ def _begin(out: Path, numbers: Mapping[str, int]) -> None:
         "clamps of the best layer": [*CLAMPS],
         **numbers,
     }
-    path = out / PLAN
-    if not path.exists():
-        with written_whole(path) as partial:
-            partial.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    noted = json.loads(path.read_text(encoding="utf-8"))
-    if other := [name for name in plan if noted.get(name) != plan[name]]:
-        raise RunError(
-            f"{out} holds measurements of another {', '.join(other)}; remove it, or give another --out"
-        )
+    keep_plan(out / PLAN, plan)
 
 
 def _check_checkpoint(out: Path) -> None:
@@ -156,7 +146,7 @@ def _step(out: Path, table: str, command: Sequence[object], rows: int = 1) -> No
     if path.exists() and len(pd.read_csv(path)) >= rows:
         return
     began = time.monotonic()
-    _run([*command, "--out", path.parent])
+    run_command([*command, "--out", path.parent])
     note = {COMMAND: " ".join(map(str, command)), SECONDS: time.monotonic() - began}
     with written_whole(path.with_name("step.json")) as partial:
         partial.write_text(json.dumps(note) + "\n", encoding="utf-8")
@@ -166,19 +156,6 @@ def _sweeping(layers: Sequence[int], clamps: Sequence[float], n: int) -> list[ob
     where = [part for layer in layers for part in ("--layer", layer)]
     bounds = [part for clamp in clamps for part in ("--clamp", f"{clamp:g}")]
     return ["sweep", *where, *bounds, "--n", n]
-
-
-def _run(words: Sequence[object]) -> None:
-    """Run one of factlens's own commands, as a user would.
-
-    Raises:
-        RunError: it failed; it has said why.
-    """
-    said = [*map(str, words)]
-    if code := subprocess.run(
-        [sys.executable, "-m", "factlens.cli", *said], check=False
-    ).returncode:
-        raise RunError(f"`factlens {' '.join(said)}` ended with {code}")
 
 
 def _count_records(to: Path) -> None:

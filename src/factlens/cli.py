@@ -9,6 +9,7 @@ from factlens.commands.averaging import average, report
 from factlens.commands.editing import edit
 from factlens.commands.evaluating import evaluate, sweep
 from factlens.commands.listing import data, models_command
+from factlens.commands.papering import paper
 from factlens.commands.rating import rate
 from factlens.commands.statistics import stats
 from factlens.commands.tracing import trace
@@ -25,7 +26,7 @@ app = typer.Typer(
         "that ships with factlens, offline and in seconds. [bold]factlens edit[/bold] then changes one."
     ),
 )
-for command in (trace, average, report, edit, apply, diff, stats, evaluate, sweep, data):
+for command in (trace, average, report, edit, apply, diff, stats, evaluate, sweep, paper, data):
     app.command()(command)
 app.command(name="models")(models_command)
 app.add_typer(rate)

@@ -4,7 +4,6 @@ What can go wrong with a single record is its row's reason; the others are measu
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ from factlens.benchmarks.references import unrelated
 from factlens.counterfact_scores import Others
 from factlens.edits import Edit, applied
 from factlens.engines.problems import is_out_of_memory
-from factlens.errors import EditError, FactError, FactlensError, FactWarning
+from factlens.errors import EditError, FactError, FactlensError
 from factlens.fingerprints import remembered_fingerprint
 from factlens.metrics import MODES, next_logprobs
 from factlens.models import Model
@@ -183,21 +182,12 @@ def _spared(
     return [found for record in records for found in _spared(do, [record], is_its_own)]
 
 
-@contextlib.contextmanager
-def _unsaid() -> Iterator[None]:
-    """Whether an edit takes is what is measured; a line for each of hundreds would hide what is not."""
-    with warnings.catch_warnings():
-        for said in ("the edit of .* did not take", "the model says .* already"):
-            warnings.filterwarnings("ignore", said, FactWarning)
-        yield
-
-
 def _each_edit(session: Session, records: Sequence[Any]) -> list[Edit | None]:
     """The edit of each record by itself; None without an editor."""
     if session.editor is None:
         return [None] * len(records)
     rewrites = [record.rewrite for record in records]
-    with _unsaid():
+    with editors.unremarked():
         return [*editors.each(session.editor, session.model, rewrites, session.config)]
 
 
@@ -205,7 +195,7 @@ def _edit_of(session: Session, given: Any) -> Edit:
     """One edit of a record, or of all records of a list."""
     assert session.editor is not None, "nothing is asked of the unedited model"
     rewrites = [each.rewrite for each in given] if isinstance(given, list) else given.rewrite
-    with _unsaid():
+    with editors.unremarked():
         return session.editor(session.model, rewrites, session.config)
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from factlens import editors, models
 from factlens.benchmarks.counterfact import Record
 from factlens.edits import Edit, applied
 from factlens.engines.problems import Progress, no_progress
-from factlens.errors import FactWarning, PlanError, RatingError
+from factlens.errors import PlanError, RatingError
 from factlens.evaluation_rows import FAILURES
 from factlens.files import written_whole
 from factlens.generation import generate
@@ -106,10 +105,7 @@ def _edits(
     if editor is None:
         return [None] * len(records)
     try:
-        with warnings.catch_warnings():
-            # How well an edit took is what raters are asked.
-            for said in ("the edit of .* did not take", "the model says .* already"):
-                warnings.filterwarnings("ignore", said, FactWarning)
+        with editors.unremarked():  # How well an edit took is what raters are asked.
             return [*editors.each(editor, model, [each.rewrite for each in records], config)]
     except FAILURES as error:
         if len(records) == 1:

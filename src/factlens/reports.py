@@ -41,6 +41,7 @@ td.number, th.number { text-align: right; } code { font-size: .9em; }
 <p class="lead">{{ lead }}</p>
 {% for section in sections %}{% if section.heading %}<h2>{{ section.heading }}</h2>
 {% endif %}{% if section.note %}<p class="note">{{ section.note }}</p>
+{% endif %}{% if section.markup %}<div class="figure">{{ section.markup | safe }}</div>
 {% endif %}{% if section.drawn %}<div class="figure">{{ section.drawn | safe }}</div>
 {% endif %}{% if section.table is not none %}<div class="figure"><table><thead><tr>{% for column in section.table.columns %}
 <th{% if column in section.numeric %} class="number"{% endif %}>{{ column }}</th>{% endfor %}</tr></thead>
@@ -61,10 +62,12 @@ class Section:
     note: str = ""
     figure: go.Figure | None = None
     table: pd.DataFrame | None = None
+    markup: str = ""
+    """HTML that goes on the page as it is: whoever gives it has escaped what is in it."""
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """An HTML page that needs nothing else: plotly is inside, once. All text is escaped."""
+    """An HTML page that needs nothing else: plotly is inside, once. All text is escaped, but for `Section.markup`."""
     environment = Environment(autoescape=True)
     environment.filters["show"], environment.filters["mark"] = _show, _mark
     drawn: list[dict] = []
@@ -140,6 +143,12 @@ def run_page(summary: Summary) -> str:
         f"({total['low']:.4f} to {total['high']:.4f}). Layers count from 0. Effects are averaged over a fact's noise "
         "draws and tokens first; intervals are 95 %, over facts."
     )
+    sections = run_sections(summary)
+    return page(f"Average effects: {model}, {count} facts", lead, sections + _how(summary))
+
+
+def run_sections(summary: Summary) -> list[Section]:
+    """What a run shows: the figures, claims and numbers of the paper's Section 2, then further studies."""
     sections = [
         Section("Average indirect effects (Figure 2)", figure=plots.heatmap(summary.aie)),
         Section(
@@ -161,8 +170,7 @@ def run_page(summary: Summary) -> str:
     if len(summary.severed):
         figure = plots.severed(summary.severed, gaps=summary.gaps)
         sections.append(Section("Severed MLPs and attention (Figure 3)", figure=figure))
-    sections += _variants(summary) + _gradients(summary)
-    return page(f"Average effects: {model}, {count} facts", lead, sections + _how(summary))
+    return sections + _variants(summary) + _gradients(summary)
 
 
 def _variants(summary: Summary) -> list[Section]:

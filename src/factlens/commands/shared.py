@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ import typer
 from factlens.terminal import console
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from factlens.editors import Editor
     from factlens.executors import Executor
@@ -30,6 +32,8 @@ EDITORS = {
     "kn": "editors.knowledge_neurons.kn",
 }
 """The editors by name, and where each is."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 WITHOUT_LAYER = ("kn",)
 """Those that look in all layers."""
 
@@ -81,7 +85,44 @@ def clear_errors(kept: Path | None = None) -> Iterator[None]:
                 f"the same command goes on from {kept}" if kept else "no file was left half-written"
             )
             print(f"factlens: interrupted; {rest}", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def run_command(words: Sequence[object]) -> None:
+    """Run one of factlens's own commands, as a user would.
+
+    Raises:
+        RunError: it failed; it has said why.
+        KeyboardInterrupt: it was interrupted, and has said what is kept.
+    """
+    from factlens.errors import RunError
+
+    said = [*map(str, words)]
+    code = subprocess.run([sys.executable, "-m", "factlens.cli", *said], check=False).returncode
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code:
+        raise RunError(f"`factlens {' '.join(said)}` ended with {code}")
+
+
+def keep_plan(path: Path, plan: Mapping[str, object]) -> None:
+    """Note what a folder's results belong to, or find that they belong to it.
+
+    Raises:
+        RunError: the folder holds results of another plan.
+    """
+    from factlens.errors import RunError
+    from factlens.files import written_whole
+
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as partial:
+            partial.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    if other := [name for name in plan if noted.get(name) != plan[name]]:
+        raise RunError(
+            f"{path.parent} holds measurements of another {', '.join(other)}; remove it, or give another --out"
+        )
 
 
 def load(name: str, device: str | None, dtype: str, device_map: str | None = None) -> Model:

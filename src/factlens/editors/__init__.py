@@ -4,11 +4,13 @@ An editor is a function `(model, rewrites, config) -> Edit`. One that can work o
 (`register_each`), and `each` uses it.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from factlens.edits import Edit
-from factlens.errors import EditError
+from factlens.errors import EditError, FactWarning
 from factlens.facts import Rewrite
 from factlens.models import Model
 
@@ -29,6 +31,15 @@ def register_each(editor: Editor, each: EachEditor) -> None:
 def several(rewrites: Rewrite | Sequence[Rewrite]) -> list[Rewrite]:
     """What an editor was given, as a list."""
     return [rewrites] if isinstance(rewrites, Rewrite) else list(rewrites)
+
+
+@contextmanager
+def unremarked() -> Iterator[None]:
+    """Without the warning of an edit that did not take or had little to do: whether edits take is then what is measured."""
+    with warnings.catch_warnings():
+        for said in ("the edit of .* did not take", "the model says .* already"):
+            warnings.filterwarnings("ignore", said, FactWarning)
+        yield
 
 
 def each(
