@@ -12,6 +12,7 @@ from factlens.commands.listing import data, models_command
 from factlens.commands.rating import rate
 from factlens.commands.statistics import stats
 from factlens.commands.tracing import trace
+from factlens.commands.training_editors import train_editor
 
 app = typer.Typer(
     name="factlens",
@@ -28,6 +29,7 @@ app = typer.Typer(
 for command in (trace, average, report, edit, apply, diff, stats, evaluate, sweep, data):
     app.command()(command)
 app.command(name="models")(models_command)
+app.command(name="train-editor")(train_editor)
 app.add_typer(rate)
 
 

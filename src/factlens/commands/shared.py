@@ -27,6 +27,12 @@ EDITORS = {
     "ft": "editors.fine_tuning.ft",
     "ft-l": "editors.fine_tuning.ft_l",
     "attn-edit": "editors.attention.attn_edit",
+    "mend": "editors.mend.mend",
+    "mend-cf": "editors.mend.mend_cf",
+    "mend-zsre": "editors.mend.mend_zsre",
+    "ke": "editors.ke.ke",
+    "ke-cf": "editors.ke.ke_cf",
+    "ke-zsre": "editors.ke.ke_zsre",
 }
 """The editors by name, and where each is."""
 
