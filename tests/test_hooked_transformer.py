@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,14 @@ from test_tails import assert_tails_agree
 from factlens import Edit, Fact, applied, export, fingerprint, load_model, models, runs, trace
 from factlens.editors.attention import attn_edit
 from factlens.editors.fine_tuning import ft
+from factlens.editors.hypernetworks import (
+    batch_of,
+    changed,
+    edited_maps,
+    gradients_of,
+    logprobs_of,
+    row_of,
+)
 from factlens.editors.knowledge_neurons import kn
 from factlens.editors.rome import rome
 from factlens.engines.one_pass import run_one_pass
@@ -278,6 +287,27 @@ def test_knowledge_neurons_are_the_bridges(build, family, processed, family_fold
     with applied(lens, one), applied(bridge, other):
         ours, theirs = (runs.logits_of(each, TOKENS).log_softmax(-1) for each in (lens, bridge))
     assert (ours - theirs).abs().max() < 1e-3 < 1e-2 < (theirs - clean).abs().max()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "qwen2"])
+def test_gradients_as_pairs_and_what_is_added_are_those_of_the_bridge(
+    build, family, tmp_path_factory
+):
+    folder = save_model(tmp_path_factory.mktemp("pairs") / family, family)
+    lens, bridge = build(family, folder=folder), load_model(folder)
+    found = []
+    for model in (lens, bridge):
+        maps = edited_maps(model)
+        batch = batch_of(model, [row_of(model, "Mount Olga is in", "abc")])
+        pairs = gradients_of(model, maps, batch)
+        steps = {name: replace(each, left=-0.1 * each.left) for name, each in pairs.items()}
+        with torch.no_grad(), changed(maps, steps, batch.owners):
+            found.append((pairs, logprobs_of(model, batch)))
+    (one, moved), (other, wanted) = found
+    assert set(one) == set(other)
+    for name, each in one.items():
+        assert relative(each.dense(), other[name].dense()) < 1e-3, name
+    torch.testing.assert_close(moved, wanted, atol=1e-3, rtol=1e-3)
 
 
 def test_heads_that_share_keys_are_refused_where_they_are_stored_repeated(build):

@@ -13,6 +13,7 @@ from factlens.commands.papering import paper
 from factlens.commands.rating import rate
 from factlens.commands.statistics import stats
 from factlens.commands.tracing import trace
+from factlens.commands.training_editors import train_editor
 
 app = typer.Typer(
     name="factlens",
@@ -29,6 +30,7 @@ app = typer.Typer(
 for command in (trace, average, report, edit, apply, diff, stats, evaluate, sweep, paper, data):
     app.command()(command)
 app.command(name="models")(models_command)
+app.command(name="train-editor")(train_editor)
 app.add_typer(rate)
 
 

@@ -75,11 +75,11 @@ def from_mapping(cls: type[T], given: Mapping[str, object], where: str = "") -> 
         raise ConfigError(f"{where or cls.__name__}: {error}") from None
 
 
-def read_config(path: Path) -> ModelConfig:
-    """Read one model's YAML file.
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file of keys and values.
 
     Raises:
-        ConfigError: not readable, not YAML, or with unknown keys.
+        ConfigError: not readable, not YAML, or something else than keys and values.
     """
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -90,6 +90,16 @@ def read_config(path: Path) -> ModelConfig:
         raise ConfigError(f"{path} is not YAML: {line}") from None
     if not isinstance(given, dict):
         raise ConfigError(f"{path} must hold keys and values, as configs/atlas.yaml does")
+    return given
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read one model's YAML file.
+
+    Raises:
+        ConfigError: not readable, not YAML, or with unknown keys.
+    """
+    given = read_mapping(path)
     trace = from_mapping(TraceDefaults, given.pop("trace", None) or {}, f"'trace' of {path.name}")
     for key in ("models", "architectures"):
         given[key] = tuple(given.get(key) or ())

@@ -14,6 +14,7 @@
     ├── TraceFileError (ValueError)       a stored trace that is corrupt or not a trace
     ├── EditError (ValueError)            an edit that cannot be computed, or does not belong to the model
     │   └── EditFileError                 a stored edit that is corrupt or no edit
+    ├── EditorError (ValueError)          a trained editor that is missing, corrupt, or of another model
     ├── MomentError (ValueError)          key statistics that are corrupt, of another model, or missing
     │   └── SingularMoment                fewer independent keys than neurons
     ├── RatingError (ValueError)          raters' answers, their key or texts to compare that cannot be used
@@ -84,6 +85,10 @@ class EditError(FactlensError, ValueError):
 
 class EditFileError(EditError):
     """A stored edit that is corrupt, or no edit at all."""
+
+
+class EditorError(FactlensError, ValueError):
+    """A trained editor that is not there, is corrupt, or belongs to another model."""
 
 
 class MomentError(FactlensError, ValueError):

@@ -436,6 +436,33 @@ def output_map(model: Model, layer: int) -> LinearMap:
     return LinearMap(W_out_name(layer), bias, entering, output_module(model, layer))
 
 
+def input_maps(model: Model, layer: int) -> tuple[LinearMap, ...]:
+    """What the MLP's input passes: W_in with its bias, and W_gate where the MLP is gated.
+
+    Raises:
+        ModelUnsupported: an MLP whose maps have no modules of their own.
+    """
+    block = cast(Any, model).blocks[layer]
+    letters = ("in", "gate") if weight(model, f"blocks.{layer}.mlp.W_gate") is not None else ("in",)
+    found = []
+    for letter in letters:
+        if is_bridge(model):
+            leaving = getattr(block.mlp, letter, None)
+            entering = getattr(leaving, "hook_in", None)
+        else:
+            entering = getattr(block, "ln2", None)
+            linear = letter == "in" and "gate" in letters
+            leaving = getattr(block.mlp, "hook_pre_linear" if linear else "hook_pre", None)
+        if entering is None or leaving is None:
+            raise ModelUnsupported(
+                f"the MLPs of {model_name(model)} have no module W_{letter} of their own, which is to be edited"
+            )
+        name = f"blocks.{layer}.mlp.W_{letter}"
+        bias = _there(model, f"blocks.{layer}.mlp.b_{letter}")
+        found.append(LinearMap(name, bias, entering, leaving))
+    return tuple(found)
+
+
 def attention_maps(model: Model, layer: int) -> tuple[LinearMap, ...]:
     """W_Q, W_K and W_V of all heads, with their biases: GPT-2's `c_attn`."""
     block, sites = cast(Any, model).blocks[layer], cast(Any, model).hook_dict

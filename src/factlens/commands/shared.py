@@ -30,6 +30,12 @@ EDITORS = {
     "ft-l": "editors.fine_tuning.ft_l",
     "attn-edit": "editors.attention.attn_edit",
     "kn": "editors.knowledge_neurons.kn",
+    "mend": "editors.mend.mend",
+    "mend-cf": "editors.mend.mend_cf",
+    "mend-zsre": "editors.mend.mend_zsre",
+    "ke": "editors.ke.ke",
+    "ke-cf": "editors.ke.ke_cf",
+    "ke-zsre": "editors.ke.ke_zsre",
 }
 """The editors by name, and where each is."""
 INTERRUPTED = 130
