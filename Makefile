@@ -87,10 +87,9 @@ stats: $(VENV)/installed  ## Gather what edits need to know of a model, once, re
 evaluate: $(VENV)/installed  ## Score edits on atlas-CounterFact, with controls; MODEL=, ARGS="--n 200"
 	@$(BIN)/factlens evaluate --model "$$MODEL" $(ARGS)
 
-# So far the tracing half: Figure 1 of one fact, then Figures 2, 3, 7 and 16 with every variant.
-paper: $(VENV)/installed $(RAY)  ## Every figure and table of the paper that there is so far; MODEL=, N=, FACTS=
-	@$(MAKE) --no-print-directory trace OUT="$${OUT:-runs/paper-$$(basename "$$MODEL")}/figure-1"
-	@$(MAKE) --no-print-directory average OUT="$${OUT:-runs/paper-$$(basename "$$MODEL")}"
+paper: $(VENV)/installed  ## Every figure and table of the paper in one report, resumable; MODEL=, FACTS=, QUICK=1, OUT=, ARGS="--records FILE --zsre FILE"
+	@$(BIN)/factlens paper --model "$$MODEL" $(if $(FACTS),--facts "$$FACTS") $(if $(QUICK),--quick) \
+	  --out "$${OUT:-runs/paper-$$(basename "$$MODEL")$(if $(QUICK),-quick)}" $(ARGS)
 
 test: $(VENV)/installed-dev  ## The tests
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
