@@ -366,7 +366,7 @@ def test_the_figure_holds_the_means_their_bands_and_the_aie():
     expected = [*(last["ES"] + last["ES_margin"]), *(last["ES"] - last["ES_margin"])[::-1]]
     assert list(band.y) == pytest.approx(expected)
     assert list(curves[-1].y) == list(aie.loc[aie["role"] == "last subject", "aie"])
-    assert [line.name for line in curves if line.showlegend] == ["last subject", "last", "AIE"]
+    assert [line.name for line in curves if line.showlegend] == ["last subject", "last"]
     titles = [each.text for each in figure.layout.annotations]
     assert titles[:2] == ["efficacy (ES)", "generalisation (PS)"]
     assert titles[-2] == "restoring MLP outputs, 3 layers, last subject token"

@@ -140,6 +140,7 @@ def test_maxima_are_bold_and_the_unedited_model_never_is():
     assert best["none"] == []
     assert best["ft"] == ["ES", "EM", "PS", "PM", "NM"]
     assert best["rome"] == ["S", "ES", "EM", "PM", "NS", "NM", "GE"]
+    assert not table_2(records("none")).best.any(axis=None)
 
 
 def test_what_prints_alike_is_a_maximum_alike():

@@ -98,7 +98,8 @@ def _draw_score(
 
 
 def _draw_effects(figure: go.Figure, effects: pd.DataFrame, place: tuple[int, int]) -> None:
-    drawn = curve(effects, "aie", hover(effects), "AIE", styles.COLOURS["mlp"], legend=True)
+    colour = ROLE_COLOURS[LAST_SUBJECT]  # Colours are tokens' here.
+    drawn = curve(effects, "aie", hover(effects), LAST_SUBJECT, colour, legend=False)
     figure.add_traces(drawn, rows=place[0], cols=place[1])
     figure.update_xaxes(styles.layer_axis(effects), row=place[0], col=place[1])
     figure.update_yaxes(title_text="AIE", row=place[0], col=place[1])
