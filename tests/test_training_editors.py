@@ -8,24 +8,26 @@ from dataclasses import asdict, replace
 from functools import partial
 from random import Random
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from factlens import Rewrite, corpora, load_model, models
-from factlens.benchmarks import atlas_counterfact, atlas_zsre
+from factlens import Rewrite, applied, corpora, load_model, metrics, models
+from factlens.benchmarks import atlas_counterfact, atlas_zsre, zsre
 from factlens.benchmarks.atlas_counterfact import counterfact
 from factlens.benchmarks.counterfact import write_records
 from factlens.benchmarks.draws import is_tuned
 from factlens.cli import app
 from factlens.editors.checkpoints import Trained, load
 from factlens.editors.hypernetworks import edited_maps
-from factlens.editors.ke import KE, KEConfig
+from factlens.editors.ke import KE, KEConfig, ke
 from factlens.editors.lessons import Lesson, Lessons, first_words, lessons
 from factlens.editors.mend import MEND, MENDConfig, mend
 from factlens.editors.training import CURVE, STATE, begin, drill, losses_of, measure, train
 from factlens.errors import ConfigError, EditError, FactFileError, RunError
+from factlens.fingerprints import provenance
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the edit of .* did not take"),
@@ -33,7 +35,8 @@ pytestmark = [
 ]
 
 METHODS = {"mend": MEND, "ke": KE}
-SMALL = {"steps": 6, "batch": 2, "check_every": 2, "held": 3, "text_tokens": 12, "first_step": 0.02}
+EDIT = {"mend": mend, "ke": ke}
+SMALL = {"steps": 4, "batch": 2, "check_every": 2, "held": 2, "text_tokens": 12, "first_step": 0.02}
 CONFIGS = {
     "mend": MENDConfig(**SMALL, rank=3),
     "ke": KEConfig(**SMALL, lstm=4, condition=6, hidden=5),
@@ -82,7 +85,7 @@ def test_a_killed_training_goes_on_bit_for_bit(model, tmp_path, method):
     whole = train(model, METHODS[method], "cf", GIVEN, tmp_path / "whole", config)
 
     def kill(done: int, total: int) -> None:
-        if done == 5:
+        if done == 3:
             raise Killed
 
     with pytest.raises(Killed):
@@ -92,7 +95,7 @@ def test_a_killed_training_goes_on_bit_for_bit(model, tmp_path, method):
         model, METHODS[method], "cf", GIVEN, tmp_path / "parts", config,
         progress=lambda done, total: seen.append(done),
     )  # fmt: skip
-    assert seen == [4, 5, 6]
+    assert seen == [2, 3, 4]
     assert same(state_of(whole.network), state_of(parts.network))
     for name in (f"{method}-cf.safetensors", STATE):
         one, other = (load_file(tmp_path / run / name) for run in ("whole", "parts"))
@@ -100,7 +103,7 @@ def test_a_killed_training_goes_on_bit_for_bit(model, tmp_path, method):
     lines = [(tmp_path / run / CURVE).read_text() for run in ("whole", "parts")]
     assert lines[0] == lines[1]
     curve = [json.loads(line) for line in lines[0].splitlines()]
-    assert [line["step"] for line in curve] == [2, 4, 6]
+    assert [line["step"] for line in curve] == [2, 4]
     assert (curve[0]["multiplier"] == 1.0) == (method == "mend")
     assert same(state_of(model), before)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -116,7 +119,7 @@ def test_a_finished_training_is_not_done_again_and_goes_on_with_more_steps(model
     again = train(
         model, MEND, "cf", GIVEN, tmp_path, config, progress=lambda *told: seen.append(told)
     )
-    assert seen == [(6, 6)]
+    assert seen == [(4, 4)]
     assert same(state_of(first.network), state_of(again.network))
     train(
         model,
@@ -124,18 +127,18 @@ def test_a_finished_training_is_not_done_again_and_goes_on_with_more_steps(model
         "cf",
         GIVEN,
         tmp_path,
-        replace(config, steps=8),
+        replace(config, steps=6),
         progress=lambda *t: seen.append(t),
     )
-    assert seen[-3:] == [(6, 8), (7, 8), (8, 8)]
-    whole = train(model, MEND, "cf", GIVEN, tmp_path / "whole", replace(config, steps=8))
+    assert seen[-3:] == [(4, 6), (5, 6), (6, 6)]
+    whole = train(model, MEND, "cf", GIVEN, tmp_path / "whole", replace(config, steps=6))
     assert same(load_file(tmp_path / STATE), load_file(tmp_path / "whole" / STATE))
     assert not same(state_of(whole.network), state_of(begin(model, MEND, config, GIVEN)))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_helps_on_held_out_lessons(model, tmp_path, method):
-    config = replace(CONFIGS[method], steps=60, check_every=20, batch=4, held=4, learning_rate=5e-3)
+    config = replace(CONFIGS[method], steps=16, check_every=8, held=4, learning_rate=5e-3)
     untrained = begin(model, METHODS[method], config, GIVEN)
     drills = [drill(model, GIVEN.held, GIVEN.texts, Random("held"))]
     maps = edited_maps(model)
@@ -144,35 +147,29 @@ def test_training_helps_on_held_out_lessons(model, tmp_path, method):
     after = measure(model, maps, trained.network, drills)
 
     def loss(found) -> float:
-        return 0.1 * (found["edit"] + found["paraphrase"]) / 2 + found["kl"]
+        return config.edit_weight * (found["edit"] + found["paraphrase"]) / 2 + found["kl"]
 
     assert loss(after) < loss(before) - 0.02
     assert trained.info["held_out"]["loss"] == pytest.approx(loss(after), rel=1e-4)
     kept = load(tmp_path / f"{method}-cf.safetensors", METHODS[method])
     for found in (trained, kept):
-        edit = METHODS_EDIT[method](model, GIVEN.held[0].rewrite, found)
+        edit = EDIT[method](model, GIVEN.held[0].rewrite, found)
         assert edit.info["config"]["trained"]["held_out"] == trained.info["held_out"]
 
 
-def _ke(*given):
-    from factlens.editors.ke import ke
-
-    return ke(*given)
-
-
-METHODS_EDIT = {"mend": mend, "ke": _ke}
-
-
-def test_the_network_that_was_best_on_held_out_lessons_is_kept(model, tmp_path):
-    # Steps that are far too long: it only gets worse after some.
-    config = replace(CONFIGS["mend"], steps=12, step_learning_rate=0.5, learning_rate=0.05)
+def test_the_network_that_was_best_on_held_out_lessons_is_kept(model, tmp_path, monkeypatch):
+    found = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(
+        "factlens.editors.training.measure", lambda *given: {"edit": next(found), "kl": 0.5}
+    )
+    config = replace(CONFIGS["mend"], steps=3, check_every=1)
     trained = train(model, MEND, "cf", GIVEN, tmp_path, config)
-    curve = [json.loads(line) for line in (tmp_path / CURVE).read_text().splitlines()]
-    best = min(curve, key=lambda line: line["loss"])
-    assert trained.info["held_out"]["step"] == best["step"] < 12
-    last = load_file(tmp_path / STATE)
-    own = {n.removeprefix("network."): t for n, t in last.items() if n.startswith("network.")}
-    assert not same(own, state_of(trained.network))
+    kept = trained.info["held_out"]
+    assert (kept["step"], kept["loss"]) == (2, pytest.approx(0.6))
+    tensors = load_file(tmp_path / STATE)
+    for part, is_kept in (("best.", True), ("network.", False)):
+        own = {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
+        assert same(own, state_of(trained.network)) == is_kept
 
 
 def test_losses_are_those_of_their_definitions(model):
@@ -181,9 +178,8 @@ def test_losses_are_those_of_their_definitions(model):
     chosen = [GIVEN.train[0], replace(GIVEN.train[1], paraphrases=())]
     given = drill(model, chosen, GIVEN.texts, Random(1))
     assert given.owners == (0,)
-    found = losses_of(model, maps, network, given)
-    from factlens import applied, metrics
-
+    with torch.no_grad():
+        found = losses_of(model, maps, network, given)
     trained = Trained(MEND, network, config, {**_identity(model), "data": "cf"})
     for number, lesson in enumerate(chosen):
         text = models.tokenizer(model).decode(
@@ -210,8 +206,6 @@ def test_losses_are_those_of_their_definitions(model):
 
 
 def _identity(model) -> dict[str, object]:
-    from factlens.fingerprints import provenance
-
     return {name: provenance(model)[name] for name in ("model", "fingerprint", "dtype")}
 
 
@@ -253,11 +247,16 @@ def test_first_words_are_whole_and_as_many_as_fit(model, atlas):
     assert 1 <= len(models.tokenizer(atlas)(cut)["input_ids"]) <= 10
 
 
-def test_lessons_of_records_are_of_other_subjects_than_what_is_tested(atlas, monkeypatch):
+@pytest.fixture
+def few(monkeypatch):
+    """Fewer documents and draws than there are."""
+    monkeypatch.setattr("factlens.editors.lessons.DOCUMENTS", 400)
+    monkeypatch.setattr("factlens.editors.lessons.SEEDS", 2)
+
+
+def test_lessons_of_records_are_of_other_subjects_than_what_is_tested(atlas, few, monkeypatch):
     some = {"only": ["sport", "instrument", "language"]}
-    for module in (atlas_counterfact, atlas_zsre):
-        name = module.__name__.rsplit("_", 1)[-1]
-        monkeypatch.setattr(module, name, partial(getattr(module, name), **some))
+    monkeypatch.setattr(atlas_counterfact, "counterfact", partial(counterfact, **some))
     given = lessons(atlas, "cf", corpora.bundled())
     subjects = {each.rewrite.subject.casefold() for each in given.train}
     held = {each.rewrite.subject.casefold() for each in given.held}
@@ -271,15 +270,31 @@ def test_lessons_of_records_are_of_other_subjects_than_what_is_tested(atlas, mon
     )
     lengths = [len(models.tokenizer(atlas)(text)["input_ids"]) for text in given.texts]
     assert 8 <= min(lengths) <= max(lengths) <= 32
-    (zsre,) = {len(each.unrelated) for each in lessons(atlas, "zsre", corpora.bundled()).train}
-    assert zsre == 1
 
 
-def test_lessons_of_plain_text_go_on_with_other_words(atlas):
+def test_lessons_of_questions_keep_the_answers_to_others(model, few, monkeypatch):
+    records = tuple(
+        zsre.Record(
+            n, f"Ann {n}", f"Who is Ann {n}?", f"Ann {n}, who?", ("Bob",), "What is it", "tea"
+        )
+        for n in range(80)
+    )
+
+    def drawn(seed: int = 0):
+        return atlas_zsre.Records(records if seed == 0 else records[:5], pd.DataFrame())
+
+    monkeypatch.setattr(atlas_zsre, "zsre", drawn)
+    given = lessons(model, "zsre", corpora.bundled(), text_tokens=16)
+    made = (*given.train, *given.held)
+    assert {each.rewrite for each in made} == {r.rewrite for r in records if is_tuned(r.subject)}
+    assert {each.unrelated for each in made} == {("What is it? tea",)}
+    assert all(each.paraphrases == (f"{each.rewrite.subject}, who?",) for each in made)
+
+
+def test_lessons_of_plain_text_go_on_with_other_words(atlas, few):
     given = lessons(atlas, "generic", corpora.bundled())
-    assert len(given.train) > 500
-    assert len(given.held) > 64
-    for each in given.held[:50]:
+    assert len(given.train) > 5 * len(given.held) > 20
+    for each in given.held:
         rewrite, (paraphrase,) = each.rewrite, each.paraphrases
         assert rewrite.prompt.endswith(f" {paraphrase}")
         assert rewrite.target != rewrite.true
@@ -302,7 +317,7 @@ def test_records_of_a_file_are_taken_by_subject(model, tmp_path):
     write_records([each for each in records if each is not first], file)
     assert lessons(model, "cf", corpus, records=file).source != found.source
     write_records(records[:1], file)
-    with pytest.raises(FactFileError, match="gives . records to train on, .*: too few"):
+    with pytest.raises(FactFileError, match=r"gives . records to train on, .*: too few"):
         lessons(model, "cf", corpus, records=file)
 
 

@@ -10,6 +10,7 @@ of the edited model reaches the network's parameters, and independent edits shar
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -237,22 +238,29 @@ def _probed(
     """Keep what enters each map, and add a zero to what leaves it, by which gradients are taken."""
     entered: dict[str, Tensor] = {}
     probes: dict[str, Tensor] = {}
-
-    def see(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            entered[name] = _by_row(output.detach(), rows).clone()
-
-        return hook
-
-    def probe(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            probes[name] = torch.zeros_like(_by_row(output.detach(), rows)).requires_grad_()
-            return output + probes[name].reshape(output.shape).to(output.dtype)
-
-        return hook
-
-    with _hooked([(each, see(each.weight), probe(each.weight)) for each in maps]):
+    hooks = [
+        (
+            each,
+            partial(_keep, entered, each.weight, rows),
+            partial(_probe, probes, each.weight, rows),
+        )
+        for each in maps
+    ]
+    with _hooked(hooks):
         yield entered, probes
+
+
+def _keep(
+    kept: dict[str, Tensor], name: str, rows: int, module: nn.Module, args: tuple, output: Tensor
+) -> None:
+    kept[name] = _by_row(output.detach(), rows).clone()
+
+
+def _probe(
+    probes: dict[str, Tensor], name: str, rows: int, module: nn.Module, args: tuple, output: Tensor
+) -> Tensor:
+    probes[name] = torch.zeros_like(_by_row(output.detach(), rows)).requires_grad_()
+    return output + probes[name].reshape(output.shape).to(output.dtype)
 
 
 def _by_row(act: Tensor, rows: int) -> Float[Tensor, "row pos d"]:
@@ -319,16 +327,23 @@ def _gaining(change: Pairs, owners: Int[Tensor, " row"]) -> tuple[Any, Any]:
     """The hooks of one map: what enters it is seen, and x @ ΔW is added to what leaves it, without building ΔW."""
     left = rearrange(change.left * change.there[..., None], "edit token d_in -> edit d_in token")
     seen: list[Tensor] = []
+    return partial(_see, seen), partial(_gain, seen, left[owners], change.right[owners])
 
-    def see(module: nn.Module, args: tuple, output: Tensor) -> None:
-        seen[:] = [output]
 
-    def gain(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        act = _by_row(seen[0], len(owners)).to(left.dtype)
-        moved = act @ left[owners] @ change.right[owners]
-        return (output.to(left.dtype) + moved.reshape(output.shape)).to(output.dtype)
+def _see(seen: list[Tensor], module: nn.Module, args: tuple, output: Tensor) -> None:
+    seen[:] = [output]
 
-    return see, gain
+
+def _gain(
+    seen: Sequence[Tensor],
+    left: Float[Tensor, "row d_in token"],
+    right: Float[Tensor, "row token d_out"],
+    module: nn.Module,
+    args: tuple,
+    output: Tensor,
+) -> Tensor:
+    moved = _by_row(seen[0], len(left)).to(left.dtype) @ left @ right
+    return (output.to(left.dtype) + moved.reshape(output.shape)).to(output.dtype)
 
 
 @contextmanager

@@ -211,7 +211,7 @@ def train(
 ) -> Trained:
     """Train, or go on with the training whose state stands in `folder`; gives the network that was best on held-out lessons.
 
-    That is the one of the lowest 0.1 x edit loss + KL there. It is written to `folder` whenever it changes, beside the state and
+    That is the one of the lowest `edit_weight` x edit loss + KL there. It is written to `folder` whenever it changes, beside the state and
     the curve, `curve.jsonl` with one measurement a line. The model is left as it was.
 
     Args:
@@ -258,7 +258,7 @@ def _new(model: Model, method: Method, data: str, config: TrainingConfig, given:
         (torch.optim.Adam(others, lr=config.learning_rate), 1.0),
     ]
     numbers = {name: value for name, value in asdict(config).items() if name != "steps"}
-    about = {
+    about: dict[str, object] = {
         "method": method.name,
         "data": data,
         "source": given.source,
@@ -314,8 +314,8 @@ def _check(
     """Measure on the held-out lessons, add a line to the curve, and keep the network if none was better."""
     held = measure(model, maps, run.network, drills)
     said = [held[name] for name in ("edit", "paraphrase") if name in held]
-    # MEND's loss for both methods: KE's changes with its multiplier.
-    loss = TrainingConfig.edit_weight * sum(said) / len(said) + held["kl"]
+    # Without KE's multiplier, which changes from one measurement to the next.
+    loss = run.config.edit_weight * sum(said) / len(said) + held["kl"]
     means = {name: sum(each[name] for each in losses) / len(losses) for name in losses[0]}
     run.curve.append(
         {"step": run.step, **means, "multiplier": run.multiplier, "loss": loss, **held}
