@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 import torch
+from builders import save_model
 from transformers import AutoModelForCausalLM
 
 from factlens import Edit, Rewrite, applied, apply_permanently, export, load_model, models
@@ -379,8 +380,9 @@ def test_an_untrained_ke_gives_half_of_the_plain_gradient(double_model):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_of_the_parameters_are_those_of_finite_differences(double_model, method):
-    model = double_model("gpt2")
+def test_gradients_of_the_parameters_are_those_of_finite_differences(tmp_path, method):
+    folder = save_model(tmp_path / "gpt2", "gpt2", n_layer=2)
+    model = load_model(folder, dtype=torch.float64)
     maps, network = edited_maps(model), network_of(model, method)
     lessons = [Lesson(each, (f"So, {each.prompt}",), ()) for each in REWRITES]
     given = drill(model, lessons, ["some other text", "and one more"], Random(0))
