@@ -92,11 +92,11 @@ paper: $(VENV)/installed  ## Every figure and table of the paper in one report, 
 	  --out "$${OUT:-runs/paper-$$(basename "$$MODEL")$(if $(QUICK),-quick)}" $(ARGS)
 
 test: $(VENV)/installed-dev  ## The tests
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-hooked-transformer:  ## Engines and edits under TransformerLens 3.9, in an environment of its own
 	@$(MAKE) --no-print-directory .venv-3.9/installed
-	@.venv-3.9/bin/python -m pytest -n 2 tests/test_hooked_transformer.py tests/test_generation.py tests/test_exports.py tests/test_edits.py $(ARGS)
+	@OMP_NUM_THREADS=1 .venv-3.9/bin/python -m pytest -n 2 tests/test_hooked_transformer.py tests/test_generation.py tests/test_exports.py tests/test_edits.py $(ARGS)
 
 .venv-3.9/installed: pyproject.toml constraints.txt
 	@test -x .venv-3.9/bin/python || $(PYTHON) -m venv .venv-3.9

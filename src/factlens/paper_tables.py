@@ -194,13 +194,16 @@ class PaperTable:
 
     def _of_fewer(self) -> list[str]:
         """The numbers of records that have scores of text, where they are not all."""
-        fewer = [
-            f"{score} of {NAMES.get(row['editor'], row['editor'])} over {row[f'n_{score}']:.0f}"
-            for _, row in self.frame.iterrows()
-            for score in self.layout.of_text
-            if 0 < row[f"n_{score}"] < row["n"]
-        ]
-        return [f"Texts were not generated for all: {', '.join(fewer)}"] if fewer else []
+        fewer: dict[str, list[str]] = {}
+        for _, row in self.frame.iterrows():
+            name = NAMES.get(row["editor"], row["editor"])
+            for score in self.layout.of_text:
+                if 0 < row[f"n_{score}"] < row["n"]:
+                    fewer.setdefault(f"{row[f'n_{score}']:.0f}", []).append(f"{score} of {name}")
+        if len(fewer) == 1:
+            return [f"Texts were not generated for all: GE and RS are means over {next(iter(fewer))} of our records"]
+        of = [f"{', '.join(scores)} over {count}" for count, scores in fewer.items()]
+        return [f"Texts were not generated for all: {'; '.join(of)}"] if of else []
 
     def _sources_with_control(self) -> pd.Series:
         return self.frame.loc[self.frame["editor"] == NONE, "source"]

@@ -32,6 +32,7 @@ h1 { font-size: 1.4rem; margin: 0 0 .2rem; } h2 { font-size: 1.05rem; margin: 2r
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .15rem .9rem .15rem 0; border-bottom: 1px solid #eee; }
 td.number, th.number { text-align: right; } code { font-size: .9em; }
+caption { text-align: left; color: #444; margin: 0 0 .6rem; max-width: 60rem; }
 .note { color: #444; max-width: 60rem; margin: 0 0 .6rem; }
 .seen { color: #1a7a34; font-weight: 600; } .opposite { color: #b3261e; font-weight: 600; } .undecided { color: #8a6d00; font-weight: 600; }
 </style>
