@@ -177,6 +177,9 @@ def test_the_caption_says_what_is_bold_what_is_red_and_the_protocol():
     assert "the largest of each column, also of GE and RS, the unedited model aside" in caption
     assert "NS more than 10 points below it" in caption
     assert "GE of ROME over 1." in caption
+    few = {"GE": [6.0, NAN], "RS": [0.3, NAN]}
+    caption = table_2(together(records("none", **few), records("rome", **few))).caption
+    assert "GE and RS are means over 1 records, for which texts were generated." in caption
     assert caption.endswith("Protocol: mean-token-nll/teacher-forced/independent/1.")
 
 

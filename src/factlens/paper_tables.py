@@ -200,8 +200,10 @@ class PaperTable:
             for score in self.layout.of_text:
                 if 0 < row[f"n_{score}"] < row["n"]:
                     fewer.setdefault(f"{row[f'n_{score}']:.0f}", []).append(f"{score} of {name}")
-        if len(fewer) == 1:
-            return [f"Texts were not generated for all: GE and RS are means over {next(iter(fewer))} of our records"]
+        asked = len(self.frame) * len(self.layout.of_text)
+        for count, scores in fewer.items():
+            if len(scores) == asked:
+                return [f"GE and RS are means over {count} records, for which texts were generated"]
         of = [f"{', '.join(scores)} over {count}" for count, scores in fewer.items()]
         return [f"Texts were not generated for all: {'; '.join(of)}"] if of else []
 
