@@ -149,12 +149,6 @@ def test_a_folder_of_another_recipe_is_one_line(tiny, tmp_path, monkeypatch):
     assert "was made by another recipe" in done.stderr
 
 
-def test_without_muon_the_recipe_is_refused(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(ConfigError, match=r"needs torch 2\.9"):
-        new_optimizers(TINY, new_model(TINY, train_tokenizer(TINY)))
-
-
 def test_more_documents_than_all_are_refused():
     with pytest.raises(ConfigError, match=r"come to 1\.1 of the documents"):
         replace(TINY, diet=Diet(biographies=0.05, reversed=0.3))

@@ -142,20 +142,19 @@ def test_a_part_damaged_on_the_disk_is_done_again(atlas, whole, tmp_path):
     assert part.with_suffix(".damaged").exists()
 
 
-@pytest.mark.parametrize(("workers", "more"), [(2, ["kill"]), (3, [])])
-def test_ray_workers_give_the_same_rows_also_when_one_is_killed(whole, tmp_path, workers, more):
+def test_ray_workers_give_the_same_rows_though_one_is_killed(whole, tmp_path):
     pytest.importorskip("ray")
     environment = {
         **os.environ,
         "PYTHONPATH": f"{Path(factlens.__file__).parents[1]}{os.pathsep}{HERE}",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(HERE / "average_runs.py"), str(tmp_path / "run"), str(workers)]
+    command = [sys.executable, HERE / "average_runs.py", tmp_path / "run", "2", "kill"]
     done = subprocess.run(
-        [*command, *more], env=environment, capture_output=True, text=True, timeout=300
+        [*map(str, command)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == ("worker replaced" if more else "same workers")
+    assert done.stdout.splitlines()[-1] == "worker replaced"
     assert_same_rows(read_run(tmp_path / "run"), whole)
 
 

@@ -43,10 +43,19 @@ def problem_of(model, *, windows=(3,), severed=CUTS, more=(), samples=2, scale=1
     return Problem(prompt.ids, prompt.subject, noise, cells, Readout(torch.tensor([top])))
 
 
-def assert_engines_agree(model, problem, one_pass=run_one_pass):
-    expected, found = run_plain(model, problem), one_pass(model, problem)
+def some_cells(problem, share: float):
+    """A share of a problem's cells, drawn over the whole grid: their numbers, and the problem of these alone."""
+    count = round(share * len(problem.cells))
+    drawn = np.sort(np.random.default_rng(0).permutation(len(problem.cells))[:count])
+    return drawn, replace(problem, cells=problem.cells.iloc[drawn].reset_index(drop=True))
+
+
+def assert_engines_agree(model, problem, one_pass=run_one_pass, share: float = 1 / 3):
+    """The plain engine takes most of the tests' time, so it runs a share of the cells."""
+    drawn, fewer = some_cells(problem, share)
+    expected, found = run_plain(model, fewer), one_pass(model, problem)
     prob, logprob = (
-        (found.restored[..., metric] - expected.restored[..., metric]).abs().max()
+        (found.restored[drawn][..., metric] - expected.restored[..., metric]).abs().max()
         for metric in (0, 1)
     )
     assert prob < 1e-5
@@ -120,7 +129,8 @@ def test_the_official_draws_are_repeated_bit_for_bit(oracle_arrays):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_pass_equals_plain_for_every_family(family_model, family):
     model = family_model(family)
-    expected = assert_engines_agree(model, problem_of(model, more=(1, 10)))
+    share = 1.0 if family in ("gpt2", "llama") else 1 / 3
+    expected = assert_engines_agree(model, problem_of(model, more=(1, 10)), share=share)
     probs = expected.restored[..., 0]
     assert probs.max() - probs.min() >= 0.05, "a flat grid would hide a wrong engine"
 
@@ -370,9 +380,10 @@ def test_problems_traced_together_are_each_traced_alone(family_model, family, di
     problems = several(model, direct=direct)
     together = run_together(model, problems)
     for problem, found in zip(problems, together, strict=True):
-        alone = run_plain(model, problem)
+        drawn, fewer = some_cells(problem, 1 / 5)
+        alone = run_plain(model, fewer)
         torch.testing.assert_close(
-            found.restored[..., :2], alone.restored[..., :2], atol=1e-4, rtol=0
+            found.restored[drawn][..., :2], alone.restored[..., :2], atol=1e-4, rtol=0
         )
         torch.testing.assert_close(found.corrupted[:, 0], alone.corrupted[:, 0], atol=1e-5, rtol=0)
     gap = (

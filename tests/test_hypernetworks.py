@@ -645,7 +645,7 @@ def test_editors_are_known_by_name_and_a_missing_one_is_said_in_one_line(family_
             "prompt": "{} is in", "relation_id": "r", "subject": "Mount Olga",
             "target_new": {"str": "abc", "id": "a"}, "target_true": {"str": "xyz", "id": "x"},
         },
-        "paraphrase_prompts": [], "neighborhood_prompts": [], "attribute_prompts": [],
+        "paraphrase_prompts": ["x"], "neighborhood_prompts": ["y"], "attribute_prompts": [],
         "generation_prompts": [],
     }  # fmt: skip
     subjects = [f"Mount {n}" for n in range(12)]

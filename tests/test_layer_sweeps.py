@@ -13,7 +13,16 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import factlens as fl
-from factlens import Fact, averages, key_statistics, load_model, metrics, plots, trace
+from factlens import (
+    Fact,
+    averages,
+    counterfact_scores,
+    key_statistics,
+    load_model,
+    metrics,
+    plots,
+    trace,
+)
 from factlens.benchmarks.counterfact import Record, Target, write_records
 from factlens.cli import app
 from factlens.corpora import Corpus
@@ -85,8 +94,9 @@ def made_up(seed: int = 0, n: int = 20, token: str = "subject-last") -> pd.DataF
                 "fact_token": token,
                 "case_id": range(n),
                 "editor": "rome",
+                "measured_after": 1,
+                **dict.fromkeys([*counterfact_scores.SCORES, "KL"], 0.5),
                 **{name: draw.random(n) ** (1 + layer % 3) for name in ("ES", "PS", "NS")},
-                **dict.fromkeys(("EM", "PM", "NM", "target_first"), 0.5),
                 "retention": np.where(draw.random(n) < 0.3, NAN, draw.random(n)),
                 "n_other": 1,
                 "protocol": metrics.PROTOCOL,

@@ -637,7 +637,7 @@ def test_make_takes_ready_texts_of_any_two_editors(run, tmp_path):
     [
         (
             ["make", "-a", "KE"],
-            "no editor 'KE'; there are rome, ft, ft-l, attn-edit, kn, rome-identity, none",
+            "no editor 'KE'; there are rome, ft, ft-l, attn-edit, kn, mend, mend-cf, mend-zsre, ke, ke-cf, ke-zsre, rome-identity, none",
         ),
         (["make", "-a", "rome", "-b", "rome"], "both editors are rome"),
         (["make", "--texts", "no.csv", "-a", "x", "-b", "x"], "both editors are x"),
