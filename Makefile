@@ -25,7 +25,7 @@ override OUT := $(value OUT)
 override FACTS := $(value FACTS)
 export MODEL PROMPT SUBJECT TARGET OUT FACTS
 
-.PHONY: help setup trace average report edit stats evaluate paper test test-hooked-transformer check format bench bench-edits notebooks figures atlas atlas-release atlas-search atlas-facts clean
+.PHONY: help setup trace average report edit stats evaluate paper test test-all test-hooked-transformer check format bench bench-edits notebooks figures atlas atlas-release atlas-search atlas-facts clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 28
@@ -93,6 +93,9 @@ paper: $(VENV)/installed  ## Every figure and table of the paper in one report, 
 
 test: $(VENV)/installed-dev  ## The tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-all: $(VENV)/installed-dev  ## The tests, the slow ones too
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not notebooks' $(ARGS)
 
 test-hooked-transformer:  ## Engines and edits under TransformerLens 3.9, in an environment of its own
 	@$(MAKE) --no-print-directory .venv-3.9/installed

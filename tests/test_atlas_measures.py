@@ -56,6 +56,7 @@ def test_more_facts_than_there_are_are_all_of_them():
     assert len(set(asked_facts(world(), 10**6))) == sum(len(r.facts) for r in world().relations)
 
 
+@pytest.mark.slow
 def test_everything_is_measured_of_a_checkpoint(monkeypatch):
     monkeypatch.setattr(atlas_measures, "STATEMENTS", 200)
     monkeypatch.setattr(atlas_measures, "KEYS", 4)

@@ -306,6 +306,7 @@ def test_a_table_that_is_not_there_cannot_be_taught():
         world(NEXT, ("lakes",))
 
 
+@pytest.mark.slow
 def test_held_out_sentences_and_questions_do_not_occur_in_its_text():
     texts = documents(1, 4000, BASELINE.diet, captions_share=0.0, book=fact_book(NEXT))
     text = "\n".join(texts).casefold()

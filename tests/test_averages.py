@@ -99,6 +99,7 @@ def half_written(out):
     return {(path.name, path.stat().st_mtime_ns) for path in out.glob("parts/.*.partial")}
 
 
+@pytest.mark.slow
 def test_killed_ten_times_it_ends_with_the_same_rows_and_untouched_parts(atlas, whole, tmp_path):
     """Seven kills at moments drawn over the whole run, three inside a write. Forked, so the model is loaded once."""
     draw, out, context = random.Random(4), tmp_path / "run", multiprocessing.get_context("fork")
@@ -142,6 +143,7 @@ def test_a_part_damaged_on_the_disk_is_done_again(atlas, whole, tmp_path):
     assert part.with_suffix(".damaged").exists()
 
 
+@pytest.mark.slow
 def test_ray_workers_give_the_same_rows_though_one_is_killed(whole, tmp_path):
     pytest.importorskip("ray")
     environment = {

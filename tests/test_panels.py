@@ -252,6 +252,7 @@ assert values() == traced("attn", {OTHER!r}, severed="mlp")
 )
 
 
+@pytest.mark.slow
 def test_in_a_kernel_pressing_trace_redraws_and_an_error_is_text(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(fl.__file__).parents[1]))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(each) for each in CELLS])

@@ -64,6 +64,7 @@ def test_a_sweep_of_nothing_is_refused(atlas, records):
         sweep(atlas, rome, [], {"layer": [1]})
 
 
+@pytest.mark.slow
 def test_evaluate_prints_the_table_with_its_controls(tmp_path):
     out = run("evaluate", "--n", 3, "--layer", 1, "--clamp", 4, "--out", tmp_path / "e")
     assert out.exit_code == 0, out.output

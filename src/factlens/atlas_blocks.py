@@ -16,6 +16,7 @@ import pandas as pd
 
 from factlens.averages import read_run
 from factlens.errors import OutputError, RunError
+from factlens.paper_tables import NAMES
 from factlens.studies import NOISE_RULES
 from factlens.summaries import Summary
 from factlens.sweeps import best
@@ -27,12 +28,6 @@ COMMAND, SECONDS = "command", "seconds"
 """What is noted of a step beside its table."""
 SCORES = ("ES", "PS", "NS", "retention")
 """The scores of edits that tables show, after S."""
-EDITORS = {
-    "none": "unedited",
-    "C = identity": "ROME with the identity for C",
-    "rome": "ROME",
-}
-"""What tables call the rows of `factlens evaluate`."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,7 @@ def edits(measured: Measured) -> str:
     found, step = measured.table("edits/table.csv"), measured.step("edits")
     rows = [
         {
-            "": EDITORS[row["editor"]],
+            "": NAMES[row["editor"]],
             "S": f"{row['S']:.1f}",
             "efficacy": _score(row, "ES"),
             "paraphrase": _score(row, "PS"),

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from factlens.commands.options import Device, Level, ModelName, Noise, Precision, Samples
+from factlens.commands.options import (
+    Device,
+    Level,
+    ModelName,
+    Noise,
+    Precision,
+    RayAddress,
+    Samples,
+    Workers,
+)
 from factlens.commands.shared import check_writable, clear_errors, executor_for, level_of
 from factlens.terminal import console, progress, show_run
 
@@ -56,12 +65,8 @@ def average(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The run's folder; the same command resumes there.")
     ] = Path("runs/average"),
-    workers: Annotated[
-        int, typer.Option(help="Processes with a model each (needs Ray for more than one).")
-    ] = 1,
-    ray_address: Annotated[
-        str | None, typer.Option(help="A running Ray cluster: auto, or ray://host:10001.")
-    ] = None,
+    workers: Workers = 1,
+    ray_address: RayAddress = None,
     device: Device = None,
     device_map: Annotated[
         str | None, typer.Option(help="auto: spread a model larger than one GPU over all.")

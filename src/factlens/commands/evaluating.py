@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from factlens.commands.layer_figures import draw_layers, main_trace
-from factlens.commands.options import Device, ModelName, Precision
+from factlens.commands.options import Device, ModelName, Precision, RayAddress, Workers
 from factlens.commands.shared import (
     EDITORS,
     WITHOUT_LAYER,
@@ -114,12 +114,8 @@ def evaluate(
             help="Folder for records.parquet and table.csv; the same command goes on there.",
         ),
     ] = Path("runs/evaluation"),
-    workers: Annotated[
-        int, typer.Option(help="Processes with a model each (needs Ray for more than one).")
-    ] = 1,
-    ray_address: Annotated[
-        str | None, typer.Option(help="A running Ray cluster: auto, or ray://host:10001.")
-    ] = None,
+    workers: Workers = 1,
+    ray_address: RayAddress = None,
     device: Device = None,
     dtype: Precision = "float32",
 ) -> None:

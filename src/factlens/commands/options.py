@@ -13,6 +13,12 @@ ModelName = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")]
+Workers = Annotated[
+    int, typer.Option(help="Processes with a model each (needs Ray for more than one).")
+]
+RayAddress = Annotated[
+    str | None, typer.Option(help="A running Ray cluster: auto, or ray://host:10001.")
+]
 Precision = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Noise = Annotated[
     str,

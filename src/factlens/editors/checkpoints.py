@@ -29,12 +29,12 @@ from factlens.editors.hypernetworks import (
     edited_maps,
     shapes_of,
 )
-from factlens.editors.questions import Question, question, say_traps
+from factlens.editors.questions import Question, bare_questions
 from factlens.editors.realising import compare, logprob, say_what_happened
 from factlens.editors.training_config import TrainingConfig
 from factlens.edits import Edit
 from factlens.engines.problems import Progress, is_out_of_memory, no_progress
-from factlens.errors import ConfigError, EditError, EditorError, OutOfMemory
+from factlens.errors import ConfigError, EditorError, OutOfMemory
 from factlens.facts import Rewrite
 from factlens.files import written_whole
 from factlens.models import LinearMap, Model
@@ -282,7 +282,7 @@ def edit_with(
     trained = _trained(model, method, data, given)
     maps = edited_maps(model)
     edits.weights_of(model, [each.weight for each in maps])
-    asked = [_asked(model, rewrites) for rewrites in groups]
+    asked = [bare_questions(model, rewrites) for rewrites in groups]
     flat = [each for questions in asked for each in questions]
     made: list[dict[str, Pairs]] = []
     for start in range(0, len(flat), TOGETHER):
@@ -319,14 +319,6 @@ def _trained(model: Model, method: Method, data: str, given: Config) -> Trained:
             f"{models.model_name(model)} that it would edit; train it again"
         )
     return replace(found, network=network.eval())
-
-
-def _asked(model: Model, rewrites: Sequence[Rewrite]) -> list[Question]:
-    if not rewrites:
-        raise EditError("no rewrite was given; an edit needs at least one")
-    for rewrite in rewrites:
-        say_traps(rewrite)
-    return [question(model, rewrite, ("{}",)) for rewrite in rewrites]
 
 
 def _that_fit(

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from factlens import models
-from factlens.errors import FactError, FactWarning, PromptTooLong
+from factlens.errors import EditError, FactError, FactWarning, PromptTooLong
 from factlens.facts import Rewrite
 from factlens.models import Model
 from factlens.tokens import TokenizedPrompt, answer_ids, tokenize
@@ -131,6 +131,20 @@ def _tokenized(model: Model, template: str, rewrite: Rewrite, room: int) -> Toke
         subject_at=len(found),
         context=room,
     )
+
+
+def bare_questions(model: Model, rewrites: Sequence[Rewrite]) -> list[Question]:
+    """The questions of rewrites that one edit is to make, each of its bare prompt; warned of what makes them other than they look.
+
+    Raises:
+        EditError: no rewrite.
+        SubjectNotFound, PromptTooLong: of a rewrite.
+    """
+    if not rewrites:
+        raise EditError("no rewrite was given; an edit needs at least one")
+    for rewrite in rewrites:
+        say_traps(rewrite)
+    return [question(model, rewrite, ("{}",)) for rewrite in rewrites]
 
 
 def say_traps(rewrite: Rewrite) -> None:

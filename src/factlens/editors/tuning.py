@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from factlens import edits, models
 from factlens.changes import Dense
 from factlens.derivatives import differentiable
-from factlens.editors.questions import Question, question, say_traps
+from factlens.editors.questions import Question, bare_questions
 from factlens.editors.realising import compare, logprob, say_what_happened
 from factlens.editors.tuning_config import Config, Method, TuningConfig, config_for
 from factlens.edits import Edit
@@ -59,7 +59,7 @@ def fine_tune(
     plan = config_for(model, method, given)
     maps = method.maps(model, int(str(plan.layer)))
     weights = edits.weights_of(model, [name for each in maps for name in names_of(each)])
-    asked = [_asked(model, rewrites) for rewrites in groups]
+    asked = [bare_questions(model, rewrites) for rewrites in groups]
     entries = sum(weight.numel() for weight in weights.values())
     together = max(1, min(TOGETHER, MEMORY // (4 * COPIES * entries)))
     made = []
@@ -72,14 +72,6 @@ def fine_tune(
         for questions, tuned in zip(part, _that_fit(model, maps, part, plan, tell), strict=True):
             made.append(_edit(model, method, plan, maps, questions, tuned))
     return made
-
-
-def _asked(model: Model, rewrites: Sequence[Rewrite]) -> list[Question]:
-    if not rewrites:
-        raise EditError("no rewrite was given; an edit needs at least one")
-    for rewrite in rewrites:
-        say_traps(rewrite)
-    return [question(model, rewrite, ("{}",)) for rewrite in rewrites]
 
 
 def _that_fit(model: Model, maps: Sequence[LinearMap], *rest: Any) -> list["Tuned"]:
