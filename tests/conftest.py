@@ -61,11 +61,12 @@ def family_model(family_folder):
     """A loaded small random model of the family asked for."""
     from factlens import load_model
 
-    loaded: dict[str, object] = {}
+    loaded: dict[str, torch.nn.Module] = {}
 
     def model(family: str):
         if family not in loaded:
             loaded[family] = load_model(family_folder(family))
+        loaded[family].zero_grad(set_to_none=True)  # What a test before took is not this one's.
         return loaded[family]
 
     return model
