@@ -57,6 +57,21 @@ def family_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def double_model(family_folder):
+    """A small random model of the family asked for, in float64: rounding does not hide what differs."""
+    from factlens import load_model
+
+    loaded: dict[str, torch.nn.Module] = {}
+
+    def model(family: str):
+        if family not in loaded:
+            loaded[family] = load_model(family_folder(family), dtype=torch.float64)
+        return loaded[family]
+
+    return model
+
+
+@pytest.fixture(scope="session")
 def family_model(family_folder):
     """A loaded small random model of the family asked for."""
     from factlens import load_model

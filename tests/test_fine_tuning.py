@@ -52,19 +52,6 @@ def state_of(model) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module")
-def double_model(family_folder):
-    """A small random model of the family asked for, in float64: rounding does not hide what differs."""
-    loaded: dict[str, object] = {}
-
-    def model(family: str):
-        if family not in loaded:
-            loaded[family] = load_model(family_folder(family), dtype=torch.float64)
-        return loaded[family]
-
-    return model
-
-
 # -- a slow second implementation ------------------------------------------------------------------
 
 OUTPUTS = ("c_proj", "fc_out", "dense_4h_to_h", "fc2", "down_proj")
@@ -418,7 +405,7 @@ def test_the_command_evaluates_editors_by_name(records, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     monkeypatch.setattr(
-        "factlens.commands.evaluating._records", lambda *given: (records[:1], lambda record: ())
+        "factlens.commands.evaluating.records_of", lambda *given: (records[:1], lambda record: ())
     )
     out, run = tmp_path / "out", CliRunner().invoke
     options = ["--editor", "ft", "--editor", "attn-edit", "--out", str(out)]

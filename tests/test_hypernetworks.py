@@ -62,19 +62,6 @@ METHODS = {"mend": MEND, "ke": KE}
 EDIT = {"mend": mend, "ke": ke}
 
 
-@pytest.fixture(scope="module")
-def double_model(family_folder):
-    """A small random model of the family asked for, in float64: rounding does not hide what differs."""
-    loaded: dict[str, object] = {}
-
-    def model(family: str):
-        if family not in loaded:
-            loaded[family] = load_model(family_folder(family), dtype=torch.float64)
-        return loaded[family]
-
-    return model
-
-
 def asked_of(model, rewrites=REWRITES) -> Asked:
     rows = [row_of(model, each.prompt, each.target) for each in rewrites]
     return ask(model, edited_maps(model), rows, rewrites)

@@ -40,19 +40,6 @@ QUICK = {"steps": 2}
 
 
 @pytest.fixture(scope="module")
-def double_model(family_folder):
-    """A small random model of the family asked for, in float64."""
-    loaded: dict[str, object] = {}
-
-    def model(family: str):
-        if family not in loaded:
-            loaded[family] = load_model(family_folder(family), dtype=torch.float64)
-        return loaded[family]
-
-    return model
-
-
-@pytest.fixture(scope="module")
 def slow(family_folder, double_model):
     made: dict[str, SlowKN] = {}
 
@@ -514,7 +501,7 @@ def test_the_command_evaluates_it_by_name(records, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     monkeypatch.setattr(
-        "factlens.commands.evaluating._records", lambda *given: (records[:1], lambda record: ())
+        "factlens.commands.evaluating.records_of", lambda *given: (records[:1], lambda record: ())
     )
     out, run = tmp_path / "out", CliRunner().invoke
     done = run(app, ["evaluate", "--editor", "kn", "--out", str(out)])

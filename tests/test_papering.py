@@ -16,7 +16,7 @@ from factlens.averages import average
 from factlens.cli import app
 from factlens.commands import papering
 from factlens.editors.fine_tuning import ft
-from factlens.errors import PlanError, RunError
+from factlens.errors import EditError, PlanError, RunError
 from factlens.evaluation import evaluate
 from factlens.layer_sweeps import layer_sweep
 from factlens.paper_pages import paper_page
@@ -123,7 +123,17 @@ def test_editors_write_about_the_same_facts_with_the_same_draws(atlas, records):
     assert by_editor["none"] == by_editor["again"]
     assert by_editor["rome"] != by_editor["none"]
     assert set(found["prompt"]) <= set(records[0].generation_prompts)
-    assert (found["new_fact"] == f"{records[0].rewrite.prompt} {records[0].target_new.text}").all()
+    assert (found["new_fact"] == f"{records[0].rewrite.prompt} {records[0].target_new.text}.").all()
+
+
+def test_an_edit_that_fails_has_its_reason_and_the_others_write(atlas, records):
+    def raising(model, rewrite, config=None):
+        raise EditError("not this one")
+
+    found = side_by_side(atlas, {"none": (None, None), "bad": (raising, None)}, records[:1])
+    of = found.groupby("editor")["text"]
+    assert set(of.get_group("bad")) == {" (EditError: not this one)"}
+    assert "EditError" not in "".join(of.get_group("none"))
 
 
 def test_a_record_without_generation_prompts_is_refused(atlas, records):

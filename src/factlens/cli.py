@@ -7,11 +7,12 @@ import typer
 from factlens.commands.applying import apply, diff
 from factlens.commands.averaging import average, report
 from factlens.commands.editing import edit
-from factlens.commands.evaluating import evaluate, sweep
+from factlens.commands.evaluating import evaluate
 from factlens.commands.listing import data, models_command
 from factlens.commands.papering import paper
 from factlens.commands.rating import rate
 from factlens.commands.statistics import stats
+from factlens.commands.sweeping import sweep
 from factlens.commands.tracing import trace
 from factlens.commands.training_editors import train_editor
 

@@ -10,11 +10,7 @@ from factlens.paper_results import Results
 from factlens.paper_tables import NAMES, PaperTable, beside_paper, table_1, table_2
 from factlens.reports import Section, page, run_sections
 
-VERDICTS = (
-    "A paired difference, positive where the paper is right: over facts in Section 2, over records in Section 3. Seen: its 95 % bootstrap "
-    "interval lies wholly above zero; opposite: wholly below; else undecided; fewer than 50 are not judged. Intervals are of each claim by "
-    "itself: of twenty that are false one may look true."
-)
+VERDICTS = "Judged as those of Section 2, but over records: each difference is of two editors, or of an editor and the unedited model, on the same ones."
 
 
 def paper_page(results: Results) -> str:
@@ -78,8 +74,8 @@ def _tables(table: PaperTable) -> list[Section]:
 
 def _beyond(rows: pd.DataFrame) -> list[Section]:
     """Scores that the paper has not."""
-    found = [each for each in ("NS_known", "NS+", "retention", "inverse", "KL") if each in rows]
-    means = rows[rows["reason"] == ""].groupby("editor", sort=False)[found].mean()
+    scores = ["NS_known", "NS+", "retention", "inverse", "KL"]
+    means = rows[rows["reason"] == ""].groupby("editor", sort=False)[scores].mean()
     means.index = [NAMES.get(str(name), str(name)) for name in means.index]
     note = (
         "Means over records. NS_known: NS on neighbours that the unedited model knows; NS+: with the edit's sentence before the neighbour; "
@@ -115,5 +111,5 @@ def _texts(texts: pd.DataFrame) -> list[Section]:
     for number, (fact, group) in enumerate(texts.groupby("new_fact", sort=False)):
         heading = "What edited models write (Figure 6)" if number == 0 else ""
         table = group[["editor", "prompt", "text"]].assign(editor=group["editor"].map(NAMES))
-        made.append(Section(heading, f"The new fact: {fact}.", table=table))
+        made.append(Section(heading, f"The new fact: {fact}", table=table))
     return made

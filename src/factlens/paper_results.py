@@ -14,19 +14,18 @@ from factlens.averages import read_run
 from factlens.benchmarks.counterfact import Record
 from factlens.edits import applied
 from factlens.errors import PlanError, RunError
+from factlens.evaluation_runs import RECORDS
 from factlens.generation import generate
 from factlens.models import Model, cfg
+from factlens.rating_texts import LENGTH, TOP_K, edits_of, new_fact
 from factlens.summaries import Summary
 from factlens.traces import Trace
 
 FIGURE_1, AVERAGE, FIGURE_5 = "figure-1", "average", "figure-5"
 COUNTERFACT, TEXTS, ZSRE = "counterfact", "texts", "zsre"
 FIGURE_6, TABLE_3 = "figure-6.csv", "table-3.csv"
-RECORDS = "records.parquet"
 OF_TEXTS = ("GE", "RS", "free", "free_paraphrase", "text_protocol")
 """Columns of evaluations that generate texts."""
-LENGTH, TOP_K = 100, 5
-"""Of Figure 6's texts: tokens with the prompt, and of how many likeliest tokens one is drawn, as for GE and RS."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ def side_by_side(
 ) -> pd.DataFrame:
     """What each editor's model writes about the same new facts (ROME, Figure 6): `case_id, new_fact, editor, prompt, text`.
 
-    Drawn from the 5 likeliest tokens with the record's number as seed, so that texts differ by the edits alone. The model is left as it
-    was.
+    Drawn from the 5 likeliest tokens with the record's number as seed, so that texts differ by the edits alone. An edit that fails has its
+    reason in the place of texts. The model is left as it was.
 
     Args:
         model: a hooked model without edits.
@@ -105,7 +104,6 @@ def side_by_side(
 
     Raises:
         PlanError: a record without generation prompts.
-        EditError: an edit that fails.
     """
     rows = []
     for record in records:
@@ -114,17 +112,16 @@ def side_by_side(
             raise PlanError(f"record {record.case_id} has no generation prompts; give another")
         length = min(LENGTH, int(cfg(model).n_ctx))
         for name, (editor, config) in contestants.items():
-            edit = None
-            if editor is not None:
-                with editors.unremarked():
-                    (edit,) = editors.each(editor, model, [record.rewrite], config)
-            with nullcontext() if edit is None else applied(model, edit):
-                written = generate(
-                    model, asked, max_tokens=length, top_k=TOP_K, seed=record.case_id
-                )
-            fact = f"{record.rewrite.prompt} {record.target_new.text}"
+            (edit,) = edits_of(model, editor, [record], config)
+            if isinstance(edit, str):
+                written = [f"{prompt} ({edit})" for prompt in asked]
+            else:
+                with nullcontext() if edit is None else applied(model, edit):
+                    written = generate(
+                        model, asked, max_tokens=length, top_k=TOP_K, seed=record.case_id
+                    )
             rows += [
-                (record.case_id, fact, name, prompt, text[len(prompt) :])
+                (record.case_id, new_fact(record), name, prompt, text[len(prompt) :])
                 for prompt, text in zip(asked, written, strict=True)
             ]
     return pd.DataFrame(rows, columns=["case_id", "new_fact", "editor", "prompt", "text"])

@@ -80,7 +80,7 @@ def compare(
     while len(made) < n and start < len(records):
         chunk = records[start : start + min(BATCH, n - len(made))]
         start += len(chunk)
-        edits = [_edits(model, editor, chunk, config) for editor, config in (a, b)]
+        edits = [edits_of(model, editor, chunk, config) for editor, config in (a, b)]
         for record, *pair in zip(chunk, *edits, strict=True):
             found = _comparison(model, record, pair, passages, length, seed)
             if isinstance(found, str):
@@ -98,7 +98,7 @@ def new_fact(record: Record) -> str:
     return said if said.endswith((".", "!", "?")) else f"{said}."
 
 
-def _edits(
+def edits_of(
     model: Model, editor: editors.Editor | None, records: Sequence[Record], config: Any
 ) -> list[Edit | str | None]:
     """The edit of each record, or why there is none; None without an editor."""
@@ -110,7 +110,7 @@ def _edits(
     except FAILURES as error:
         if len(records) == 1:
             return [_reason(error)]
-    return [found for each in records for found in _edits(model, editor, [each], config)]
+    return [found for each in records for found in edits_of(model, editor, [each], config)]
 
 
 def _comparison(

@@ -133,8 +133,12 @@ def _records_and_texts(
     if (out / TABLE_3).exists() and (out / FIGURE_6).exists():
         return
     hooked = load(model, None, "float32")
-    every = list(read_records(records) if records is not None else counterfact(hooked))
-    first = every if records is not None else list(counterfact(hooked).test[SKIPPED:])
+    if records is not None:
+        every = first = tuple(read_records(records))
+    else:
+        bundled = counterfact(hooked)
+        every, first = bundled.records, bundled.test[SKIPPED:]
+    first = tuple(each for each in first if each.generation_prompts)
     with written_whole(out / TABLE_3) as partial:
         composition(every).to_csv(partial, index=False)
     contestants = {"none": (None, None), **{name: (editor_named(name), None) for name in names}}

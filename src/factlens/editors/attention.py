@@ -11,7 +11,7 @@ rounding, which Adam makes steps of. It is tuned as in the official code, and do
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from factlens import models
+from factlens import linear_maps
 from factlens.editors import register_each, several
 from factlens.editors.fine_tuning import FTLConfig
 from factlens.editors.tuning import fine_tune
@@ -67,7 +67,7 @@ def attn_edit_each(
 ATTN_EDIT = Method(
     "attn-edit",
     AttnEditConfig,
-    models.attention_maps,
+    linear_maps.attention_maps,
     (33, 48),
     {"learning_rate": 0.01, "max_change": 0.1},
 )

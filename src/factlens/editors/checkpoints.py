@@ -37,7 +37,8 @@ from factlens.engines.problems import Progress, is_out_of_memory, no_progress
 from factlens.errors import ConfigError, EditorError, OutOfMemory
 from factlens.facts import Rewrite
 from factlens.files import written_whole
-from factlens.models import LinearMap, Model
+from factlens.linear_maps import LinearMap
+from factlens.models import Model
 
 FORMAT = "factlens-editor/1"
 DATA = {

@@ -12,14 +12,15 @@ several tokens, which that reads from one position: here they are teacher-forced
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from factlens import models
+from factlens import linear_maps
 from factlens.editors import register_each, several
 from factlens.editors.tuning import fine_tune
 from factlens.editors.tuning_config import Config, Method, TuningConfig
 from factlens.edits import Edit
 from factlens.engines.problems import Progress, no_progress
 from factlens.facts import Rewrite
-from factlens.models import LinearMap, Model
+from factlens.linear_maps import LinearMap
+from factlens.models import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def ft_l_each(
 
 
 def _output(model: Model, layer: int) -> list[LinearMap]:
-    return [models.output_map(model, layer)]
+    return [linear_maps.output_map(model, layer)]
 
 
 FT = Method("ft", FTConfig, _output, (1, 48), {"learning_rate": 0.01})

@@ -18,11 +18,12 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from factlens import models
+from factlens import linear_maps, models
 from factlens.derivatives import differentiable
 from factlens.errors import ModelUnsupported, PromptTooLong
 from factlens.facts import Rewrite
-from factlens.models import LinearMap, Model
+from factlens.linear_maps import LinearMap
+from factlens.models import Model
 from factlens.tails import Reads, only_reading
 from factlens.tokens import answer_ids, token_ids
 
@@ -44,7 +45,7 @@ def edited_maps(model: Model) -> tuple[LinearMap, ...]:
     found = [
         each
         for layer in layers
-        for each in (*models.input_maps(model, layer), models.output_map(model, layer))
+        for each in (*linear_maps.input_maps(model, layer), linear_maps.output_map(model, layer))
     ]
     for each in found:
         if models.weight(model, each.weight) is None:

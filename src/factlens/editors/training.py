@@ -44,7 +44,8 @@ from factlens.editors.training_config import TrainingConfig
 from factlens.engines.problems import Progress, no_progress
 from factlens.errors import EditError, OutputError, RunError
 from factlens.files import written_whole
-from factlens.models import LinearMap, Model
+from factlens.linear_maps import LinearMap
+from factlens.models import Model
 
 STATE, CURVE = "state.safetensors", "curve.jsonl"
 _MOMENT, _NETWORK, _BEST, _KEY = "moment.", "network.", "best.", "factlens"

@@ -25,7 +25,8 @@ from factlens.edits import Edit
 from factlens.engines.problems import Progress, is_out_of_memory, no_progress
 from factlens.errors import EditError, OutOfMemory
 from factlens.facts import Rewrite
-from factlens.models import LinearMap, Model
+from factlens.linear_maps import LinearMap
+from factlens.models import Model
 from factlens.tails import Reads, only_reading
 
 TOGETHER, MEMORY = 16, 2**30

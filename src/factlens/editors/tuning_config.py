@@ -9,7 +9,8 @@ from torch import Tensor
 
 from factlens import configs, models
 from factlens.errors import ConfigError
-from factlens.models import LinearMap, Model
+from factlens.linear_maps import LinearMap
+from factlens.models import Model
 
 NAME = "fine-tuning"
 
