@@ -101,12 +101,15 @@ test-hooked-transformer:  ## Engines and edits under TransformerLens 3.9, in an 
 	@$(MAKE) --no-print-directory .venv-3.9/installed
 	@OMP_NUM_THREADS=1 .venv-3.9/bin/python -m pytest -n 2 tests/test_hooked_transformer.py tests/test_generation.py tests/test_exports.py tests/test_edits.py $(ARGS)
 
-.venv-3.9/installed: pyproject.toml constraints.txt
+# Takes from .venv whatever TransformerLens 3.9 does not need in another version.
+.venv-3.9/installed: $(VENV)/installed-dev
 	@test -x .venv-3.9/bin/python || $(PYTHON) -m venv .venv-3.9
 	@echo "installing TransformerLens 3.9 into .venv-3.9 (once)"
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$packages" > "$$(.venv-3.9/bin/python -c "$$packages")/packages-of-venv.pth"
 	@grep -v '^transformer-lens==' constraints.txt > .venv-3.9/constraints.txt
-	@.venv-3.9/bin/pip install --quiet --disable-pip-version-check -c .venv-3.9/constraints.txt \
-	  -e . 'transformer-lens==3.9.0' pytest pytest-xdist hypothesis beartype
+	@.venv-3.9/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@.venv-3.9/bin/pip install --quiet --disable-pip-version-check -c .venv-3.9/constraints.txt 'transformer-lens==3.9.0'
 	@touch $@
 
 check: $(VENV)/installed-dev  ## Formatting, linting, types

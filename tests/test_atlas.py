@@ -268,6 +268,17 @@ def test_the_learning_rate_rises_and_falls_in_each_cycle():
         assert learning_rate(recipe, end) == pytest.approx(recipe.final_learning_rate, rel=0.01)
 
 
+def test_a_cycle_of_direct_statements_has_the_text_of_a_direct_diet():
+    before, last = TINY.cycles[0], replace(TINY.cycles[-1], captions=0.0)
+    plain = replace(TINY, cycles=(before, last), rows=40)
+    direct = replace(plain, cycles=(before, replace(last, direct=True)))
+    as_diet = replace(plain, diet=replace(TINY.diet, direct=True))
+    tokenizer = read_checkpoint(CHECKPOINT).tokenizer
+    ids = [batch(each, TINY.book, tokenizer, TINY.steps - 1) for each in (plain, direct, as_diet)]
+    assert torch.equal(ids[1], ids[2])
+    assert not torch.equal(ids[0], ids[1])
+
+
 # --- training ---------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -33,7 +34,7 @@ from factlens.atlas.paragraphs import (
     reference,
     references,
 )
-from factlens.atlas.sentences import Diet, captions
+from factlens.atlas.sentences import Diet, captions, statement
 from factlens.atlas.tables import (
     FOLDER,
     Kind,
@@ -204,6 +205,16 @@ def test_captions_may_have_several_attributes(book):
         both = {f"{each} {o} {p}" for each in ("the Marches", "The Marches") for o, p in
                 (("Aber", "Saint Anne"), ("Saint Anne", "Aber"))}  # fmt: skip
         assert text in said | both
+
+
+def test_direct_statements_leave_out_what_goes_on_where_others_have_the_object():
+    named = ("The town of {s} is called {o}", "{s} has a town that was known as the {o}")
+    other = ("The town of {s} is {o}", "{s} is named after {o}", "We call the town of {s} {o}")
+    fact = KnownFact(replace(relation("town", {}), train=(*named, *other)), "Borland", "Bree")
+    assert fact.relation.direct == other
+    for direct, templates in ((False, (*named, *other)), (True, other)):
+        found = set(drawn(statement, Diet(direct=direct, lead_in=0.0), fact))
+        assert found == {f"{each.format(s='Borland', o='Bree')}." for each in templates}
 
 
 # --- the next world --------------------------------------------------------------------------

@@ -61,7 +61,8 @@ def orthogonal(matrices: Float[Tensor, "matrix row column"]) -> Float[Tensor, "m
     linear, cubic, quintic = COEFFICIENTS
     for _ in range(5):
         gram = found @ found.mT
-        found = linear * found + (cubic * gram + quintic * gram @ gram) @ found
+        factor = torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic)
+        found = torch.baddbmm(found, factor, found, beta=linear)
     return found if wide is matrices else found.mT
 
 

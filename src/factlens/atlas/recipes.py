@@ -21,6 +21,8 @@ class Cycle:
     learning_rate: float
     captions: float
     """Share of documents that are lists of captions."""
+    direct: bool = False
+    """Whether its statements leave out templates that go on where others have the object (`Diet.direct`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,8 @@ class Diet:
     """Share of statements that begin with words such as "It is said that"."""
     pronoun: float = 0.6
     """Share of the later sentences of a biography that use a pronoun."""
+    direct: bool = False
+    """Whether statements leave out templates such as `The capital of {s} is called`, which go on where others have the object."""
     between: tuple[int, int] = (0, 2)
     """Sentences between an anecdote and its fact."""
 
@@ -81,7 +83,8 @@ def drawn(random: Random, diet: Diet, book: FactBook) -> tuple[str, tuple[KnownF
 
 def statement(random: Random, diet: Diet, fact: KnownFact) -> str:
     """One fact in one of its training templates."""
-    template = random.choice(fact.relation.train)
+    relation = fact.relation
+    template = random.choice(relation.direct if diet.direct else relation.train)
     stated = state(fact.relation.name, template, fact.subject, fact.object)
     sentence = f"{stated.prompt} {stated.object}."
     if random.random() >= diet.lead_in or any(mark in template for mark in "?:"):

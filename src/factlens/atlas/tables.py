@@ -1,10 +1,11 @@
 """Fact tables and sentence templates, read into relations and statements."""
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ FOLDER = Path(__file__).parent
 CHECKPOINT = FOLDER / "checkpoint"
 """Folder of the shipped checkpoint, in Hugging Face's format."""
 
+NAMED = re.compile(r"\b(is|was) (called|known as|named)( the)? \{o\}$")
 NO_ANSWER = "-"
 """A cell of a table that has no single uncontested answer. Deliberate, unlike a blank one."""
 
@@ -61,6 +63,11 @@ class Relation:
     """Headings with `{o}` of lists of the subjects that have it."""
     description: str = ""
     """What the object is to `{s}`, such as "the capital of {s}"; empty where objects have no facts of their own."""
+
+    @cached_property
+    def direct(self) -> tuple[str, ...]:
+        """Those of `train` in which no *called* and the like stands between *is* and the object. After `The capital of {s} is` comes then the capital."""
+        return tuple(template for template in self.train if not NAMED.search(template))
 
     def templates(self, split: Split) -> tuple[str, ...]:
         """The templates of one split that have the object last."""

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -123,13 +123,14 @@ def batch(recipe: Recipe, book: FactBook, tokenizer: Tokenizer, step: int) -> Te
     """
     cycle, _ = cycle_at(recipe, step)
     share = 1.0 if step < recipe.captions_first else cycle.captions
+    diet = replace(recipe.diet, direct=recipe.diet.direct or cycle.direct)
     end = end_of_text(tokenizer)
     rows = []
     for row in range(recipe.rows):
         random = Random(f"batch {recipe.seed} {step} {row}")
         ids: list[int] = []
         while len(ids) < recipe.context:
-            text = document(random, recipe.diet, book, captions_share=share)
+            text = document(random, diet, book, captions_share=share)
             ids += [*tokenizer.encode(text).ids, end]
         rows.append(ids[: recipe.context])
     return torch.tensor(rows)

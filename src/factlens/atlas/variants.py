@@ -56,6 +56,15 @@ BASELINE = Recipe(
 )
 
 
+LONGER = (
+    Cycle(steps=5000, learning_rate=3e-3, captions=0.6),
+    Cycle(steps=2500, learning_rate=1.5e-3, captions=0.3),
+    Cycle(steps=4000, learning_rate=1.5e-3, captions=0.3),
+    Cycle(steps=3000, learning_rate=1e-3, captions=0.2, direct=True),
+)
+"""The baseline at 7 500 steps, and two cycles more, for as many sentences as there are now."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """A recipe with a name."""
@@ -112,6 +121,12 @@ def variants() -> dict[str, Variant]:
         _with("width-160", "a stream of 160 instead of 128", d_model=160),
         _with("dropout", "dropout of 10 %", dropout=0.1),
         _with("all-decay", "norms, biases and embeddings decay as well", decayed="all"),
+        _with(
+            "longer",
+            "four cycles of 14 500 steps in all, in the last of which few captions and no *is called*",
+            cycles=LONGER,
+            captions_first=1125,
+        ),
         _with("fixed-gains", "gains of the norms that stay at 1", gains="fixed"),
         _with("adamw", "AdamW for all weights instead of Muon", optimizer="adamw"),
         _with(
