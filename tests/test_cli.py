@@ -161,11 +161,6 @@ def test_models_lists_shows_the_card_and_measures(run, monkeypatch):
     )
 
 
-def test_data_lists_what_can_be_fetched(run):
-    assert "known_1000" in run("data").output
-    assert "no data set" in run("data", "pile", code=2).stderr
-
-
 def test_help_teaches(run):
     assert "Examples" in run("trace", "--help").output
     assert "offline" in run("--help").output

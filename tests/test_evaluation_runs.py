@@ -221,7 +221,7 @@ def test_the_command_evaluates_zsre(records, tmp_path):
         (["--benchmark", "wikidata"], "no benchmark 'wikidata'; there are counterfact, zsre"),
         (["--benchmark", "zsre", "--generate", 5], "leave out --generate"),
         (["--snippets", "texts.json"], "give --generate too"),
-        (["--snippets", "texts.json", "--generate", 5], "cannot read the texts texts.json"),
+        (["--snippets", "texts.json", "--generate", 5], "cannot read texts.json"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(given, words, tmp_path):

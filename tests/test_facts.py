@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import urllib.error
 
 import pytest
 
-from factlens import facts as facts_module
-from factlens.errors import DownloadError, FactError, FactFileError
-from factlens.facts import Fact, bundled_facts, download_known_1000, read_facts, write_facts
+from factlens.errors import FactError, FactFileError
+from factlens.facts import Fact, bundled_facts, read_facts, write_facts
 
 OFFICIAL = [
     {
@@ -101,34 +97,6 @@ def test_the_bundled_facts_hold_their_subjects():
     assert Fact("x", "x") not in some
     single = bundled_facts(one_per_fact=True)
     assert len({(f.relation, f.subject.lower()) for f in single}) == len(single) < len(some)
-
-
-def test_a_download_is_checked_kept_and_not_repeated(tmp_path, monkeypatch):
-    content = json.dumps(OFFICIAL).encode()
-    calls = []
-
-    def fetch(url, timeout):
-        calls.append(url)
-        return io.BytesIO(content)
-
-    monkeypatch.setattr(facts_module.urllib.request, "urlopen", fetch)
-    with pytest.raises(DownloadError, match="sha256"):
-        download_known_1000(tmp_path)
-    assert list(tmp_path.iterdir()) == [], "what fails the check is not kept"
-    monkeypatch.setattr(facts_module, "KNOWN_1000_SHA256", hashlib.sha256(content).hexdigest())
-    path = download_known_1000(tmp_path)
-    assert download_known_1000(tmp_path) == path
-    assert len(calls) == 2
-    assert read_facts(path)[0].subject == "Vinson Massif"
-
-
-def test_no_network_is_said_in_one_line(tmp_path, monkeypatch):
-    def fail(url, timeout):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(facts_module.urllib.request, "urlopen", fail)
-    with pytest.raises(DownloadError, match="no route to host"):
-        download_known_1000(tmp_path)
 
 
 def test_three_bad_rows_of_a_thousand_are_told_and_the_rest_is_read(tmp_path):

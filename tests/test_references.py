@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from factlens.atlas import relations
 from factlens.atlas.books import fact_book
 from factlens.atlas.paragraphs import reference
+from factlens.benchmarks import record_files
 from factlens.benchmarks.atlas_counterfact import counterfact
 from factlens.benchmarks.inverses import inverses
 from factlens.benchmarks.mentions import mentioned, plain_name
+from factlens.benchmarks.record_files import streamed
 from factlens.benchmarks.references import UNRELATED, bundled_references, read_references, unrelated
 from factlens.errors import FactFileError
+
+
+def snippet(relation: str, target: str, *texts: str) -> dict[str, object]:
+    """A record of the official file."""
+    samples = [{"entity": f"Q{n}", "text": text} for n, text in enumerate(texts)]
+    return {"relation_id": relation, "target_id": target, "samples": samples}
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +49,61 @@ def test_reference_texts_are_about_subjects_that_have_the_new_object(records):
 
 def test_the_official_file_of_texts_is_read_and_another_refused(records, tmp_path):
     path, record = tmp_path / "attribute_snippets.json", records[0]
-    listed = [{"name": "A", "text": "aa bb"}, {"name": "B", "text": "cc"}]
-    rows = {record.relation_id: {record.target_new.id: listed}, "P1": {"Q1": [{"text": "dd"}]}}
+    rows = [
+        snippet(record.relation_id, record.target_new.id, "aa bb", "cc"),
+        snippet("P1", "Q1", "dd"),
+        snippet("P1", "Q2"),
+    ]
     path.write_text(json.dumps(rows))
     found = read_references(path)
     assert found.of(record) == ("aa bb", "cc")
     assert list(found.tfidf.columns) == ["aa", "bb", "cc", "dd"]
     assert found.of(next(r for r in records if r.target_new != record.target_new)) == ()
-    for content in ("[1]", "{", '{"P1": {"Q1": [{"name": "x"}]}}', '{"P1": 3}'):
-        path.write_text(content)
-        with pytest.raises(FactFileError, match=r"is not of attribute_snippets\.json's form"):
-            read_references(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"P1": {"Q1": [{"text": "x"}]}}', r"must hold a list of records, as attribute_snip"),
+        ("[1]", "record 0: 1 is no record of named values"),
+        ('[{"relation_id": "P1"}]', "record 0: no target_id; it has relation_id"),
+        ('[{"relation_id": "P1", "target_id": "Q1", "samples": [{}]}]', "samples: no text"),
+        ('[{"relation_id": "P1", "target_id": "Q1", "samples": "x"}]', "samples must be a list"),
+        ("[", "record 0: not JSON, or cut off"),
+        ('[{"relation_id": "P1", "target_id": "Q1", "samples": []}', "record 1: not JSON, or cut"),
+        ("[]", "holds no texts"),
+        ("", "must hold a list"),
+    ],
+)
+def test_another_file_than_the_official_one_is_refused(tmp_path, content, words):
+    path = tmp_path / "attribute_snippets.json"
+    path.write_text(content)
+    with pytest.raises(FactFileError, match=words) as caught:
+        read_references(path)
+    assert "\n" not in str(caught.value)
+    path.write_bytes(b"[\xff]")
+    with pytest.raises(FactFileError, match="record 0: not UTF-8"):
+        read_references(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(json_values), st.integers(1, 9), st.sampled_from([None, 1]), st.booleans())
+def test_a_long_file_gives_row_by_row_what_it_gives_at_once(rows, chunk, indent, ascii_only):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record_files, "CHUNK", chunk)
+        path = Path(folder) / "long.json"
+        text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+        path.write_text(text, encoding="utf-8")
+        assert list(streamed(path, "long.json")) == json.loads(text)
+        path.write_text(text[:-1], encoding="utf-8")
+        with pytest.raises(FactFileError, match=f"record {len(rows)}: not JSON, or cut off"):
+            list(streamed(path, "long.json"))
 
 
 def test_unrelated_texts_are_always_the_same_but_for_those_that_mention_a_name():

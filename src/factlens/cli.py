@@ -8,7 +8,8 @@ from factlens.commands.applying import apply, diff
 from factlens.commands.averaging import average, report
 from factlens.commands.editing import edit
 from factlens.commands.evaluating import evaluate
-from factlens.commands.listing import data, models_command
+from factlens.commands.fetching import data
+from factlens.commands.listing import models_command
 from factlens.commands.papering import paper
 from factlens.commands.rating import rate
 from factlens.commands.statistics import stats

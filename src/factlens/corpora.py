@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from factlens.errors import MomentError
+from factlens.files import sha256_of
 
 if TYPE_CHECKING:
     from factlens.atlas.recipes import Recipe
@@ -88,15 +89,6 @@ def text_files(paths: Sequence[str | Path]) -> Corpus:
 
     shown = files[0].stem + (f"-and-{len(files) - 1}-more" if len(files) > 1 else "")
     return Corpus(f"text-{shown}", read, digest.hexdigest())
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file of any size, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _documents(path: Path) -> Iterator[str]:

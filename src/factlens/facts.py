@@ -1,23 +1,15 @@
 """Facts and where they come from: the bundled tables, the official `known_1000.json`, and users' own files."""
 
 import csv
-import hashlib
-import http.client
 import io
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from factlens import atlas
-from factlens.errors import DownloadError, FactError, FactFileError, OutputError
-from factlens.files import written_whole
-
-KNOWN_1000_URL = "https://rome.baulab.info/data/dsets/known_1000.json"
-KNOWN_1000_SHA256 = "4f8726c03a8fa5b1b4ee18cd0f3efd0554c3f5f72f019f00d5bb7d941d0d1d42"
+from factlens.errors import FactError, FactFileError, OutputError
 
 COLUMNS = ("prompt", "subject", "object", "relation", "id")
 """Of a user's file; the first two are required."""
@@ -96,18 +88,25 @@ def bundled_subjects() -> list[str]:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def read_facts(path: str | Path, *, on_bad_row: Callable[[str], None] | None = None) -> list[Fact]:
+def read_facts(
+    path: str | Path,
+    *,
+    ending: str | None = None,
+    on_bad_row: Callable[[str], None] | None = None,
+) -> list[Fact]:
     """Read facts from a file: `.json` (the official known_1000 form), `.jsonl` or `.csv`.
 
     CSV and JSONL rows have `prompt` and `subject`, and may have `object`, `relation`, `id`. A `{}` in the prompt
-    stands for the subject. With `on_bad_row`, rows that cannot be used are left out, and it is told of each.
+    stands for the subject. With `on_bad_row`, rows that cannot be used are left out, and it is told of each. `ending` says the
+    form of a file whose name does not.
 
     Raises:
         FactFileError: with the row's number, what is wrong in it, and what was expected.
     """
     path = Path(path)
     readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
-    if path.suffix.lower() not in readers:
+    form = ending or path.suffix.lower()
+    if form not in readers:
         raise FactFileError(f"{path} is none of {', '.join(readers)}; facts are read from those")
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -116,7 +115,7 @@ def read_facts(path: str | Path, *, on_bad_row: Callable[[str], None] | None = N
     except UnicodeDecodeError as error:
         raise FactFileError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     facts = []
-    for where, row in readers[path.suffix.lower()](text, path):
+    for where, row in readers[form](text, path):
         try:
             facts.append(_fact(row, where))
         except FactFileError as error:
@@ -209,41 +208,3 @@ def write_facts(facts: Iterable[Fact], path: str | Path) -> None:
             writer.writerows([getattr(fact, name) or "" for name in COLUMNS] for fact in facts)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from None
-
-
-# -- downloads -------------------------------------------------------------------------------------
-
-
-def download_known_1000(folder: str | Path, *, timeout: float = 30.0) -> Path:
-    """Fetch the paper's 1 209 facts into `folder`, once, and check them by sha256.
-
-    Raises:
-        DownloadError: no network, or a file other than the published one.
-        OutputError: `folder` cannot be written.
-    """
-    target = Path(folder) / "known_1000.json"
-    if target.is_file() and _sha256(target.read_bytes()) == KNOWN_1000_SHA256:
-        return target
-    try:
-        with urllib.request.urlopen(KNOWN_1000_URL, timeout=timeout) as response:
-            content = response.read()
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        raise DownloadError(
-            f"cannot fetch {KNOWN_1000_URL} ({getattr(error, 'reason', error)}); check the network, or "
-            f"put the file at {target}"
-        ) from None
-    if (found := _sha256(content)) != KNOWN_1000_SHA256:
-        raise DownloadError(
-            f"{KNOWN_1000_URL} has sha256 {found}, expected {KNOWN_1000_SHA256}; it was not kept"
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from None
-    with written_whole(target) as partial:
-        partial.write_bytes(content)
-    return target
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

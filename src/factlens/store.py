@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from filelock import FileLock, Timeout
 
 from factlens.errors import OutputError, RunError, TraceFileError
-from factlens.files import written_whole
+from factlens.files import alone, written_whole
 from factlens.row_files import Rows
 from factlens.traces import Trace
 
@@ -139,20 +138,11 @@ def locked(folder: str | Path) -> Iterator[None]:
         RunError: another process is at it.
         OutputError: the directory cannot be written.
     """
-    lock = FileLock(Path(folder) / _LOCK)
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(
-            f"another process is at work on {folder}; wait for it, or use another folder (--out)"
-        ) from None
-    except OSError as error:
-        raise OutputError(f"cannot write to the folder {folder}: {error.strerror}") from None
-    try:
+    busy = RunError(
+        f"another process is at work on {folder}; wait for it, or use another folder (--out)"
+    )
+    with alone(Path(folder) / _LOCK, busy):
         yield
-    finally:
-        lock.release()
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     import pandas as pd
 
@@ -27,11 +27,19 @@ def console(*, stderr: bool = False) -> Any:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Any]:
-    """A bar with the time left, on stderr; nothing where nobody looks."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+def progress(what: str, *, in_bytes: bool = False) -> Iterator[Any]:
+    """A bar with the time left, `in_bytes` with what is there and how fast it comes, on stderr; nothing where nobody looks."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    further = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else ()
+    columns = (TextColumn("{task.description}"), BarColumn(), *further, TimeRemainingColumn())
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
 
@@ -48,15 +56,20 @@ def plain(text: object) -> str:
     return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in str(text))
 
 
-def print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """A table without lines; numbers to the right, floats with four digits."""
+def print_table(
+    columns: tuple[str, ...], rows: list[tuple[Any, ...]], *, whole: Collection[str] = ()
+) -> None:
+    """A table without lines; numbers to the right, floats with four digits, the columns `whole` never cut or wrapped."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for number, column in enumerate(columns):
         numeric = bool(rows) and isinstance(rows[0][number], float | int)
-        table.add_column(column, justify="right" if numeric else "left")
+        table.add_column(
+            column, justify="right" if numeric else "left", no_wrap=column in whole,
+            min_width=max((len(str(row[number])) for row in rows), default=0) if column in whole else None,
+        )  # fmt: skip
     for row in rows:
         # Text, not markup: cells come from data.
         table.add_row(*[Text(f"{x:.4f}" if isinstance(x, float) else str(x)) for x in row])

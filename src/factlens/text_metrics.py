@@ -60,11 +60,14 @@ class TfIdf:
 
 def fit_tfidf(texts: Iterable[str]) -> TfIdf:
     """TF-IDF with scikit-learn's defaults: small letters, smooth idf, Euclidean norm."""
-    sets = [set(_terms(text)) for text in texts]
-    counts = Counter(term for each in sets for term in each)
+    counts: Counter[str] = Counter()
+    number = 0
+    for text in texts:
+        counts.update(set(_terms(text)))
+        number += 1
     terms = sorted(counts)
     seen = np.array([counts[term] for term in terms], dtype=float)
-    idf = np.log((1 + len(sets)) / (1 + seen)) + 1
+    idf = np.log((1 + number) / (1 + seen)) + 1
     return TfIdf({term: place for place, term in enumerate(terms)}, idf)
 
 

@@ -89,7 +89,7 @@ def read_records(
     Raises:
         FactFileError: with the record's number, the key, and what was expected there.
     """
-    return read(Path(path), _record, like="counterfact.json", on_bad_row=on_bad_row)
+    return read(Path(path), record_of, like="counterfact.json", on_bad_row=on_bad_row)
 
 
 def write_records(records: Iterable[Record], path: str | Path) -> None:
@@ -97,7 +97,8 @@ def write_records(records: Iterable[Record], path: str | Path) -> None:
     write((record.to_json() for record in records), path)
 
 
-def _record(row: object, number: int, where: str) -> Record:
+def record_of(row: object, number: int, where: str) -> Record:
+    """What one row of the official form says; `where` it is, for errors. Raises what `read_records` raises, or FactError."""
     rewrite = value(row, "requested_rewrite", dict, where)
     inside = f"{where}, requested_rewrite"
     lists = {name: texts(row, name, where) for name in PROMPTS}

@@ -1,7 +1,8 @@
 """Files of benchmark records: JSON lists whose every value is checked, so that an error names the record, the key and what was expected."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +11,10 @@ from factlens.files import written_whole
 
 Made = TypeVar("Made")
 
+CHUNK = 1 << 22
+"""Characters of a long file that are read at once."""
+_DECODER = json.JSONDecoder()
+_SPACE, _BETWEEN = re.compile(r"\s*"), re.compile(r"[\s,]*")
 _KINDS = {str: "text", int: "a whole number", dict: "keys and values", list: "a list"}
 
 
@@ -75,6 +80,49 @@ def _rows(path: Path, like: str) -> list[object]:
     if not isinstance(rows, list):
         raise FactFileError(f"{path} must hold a list of records, as {like} does")
     return rows
+
+
+def streamed(path: Path, like: str) -> Iterator[object]:
+    """The rows of a list one by one, of a file that is too long to be held as one text.
+
+    `like` is the official file's name, for errors.
+
+    Raises:
+        FactFileError: a file that cannot be read, or is no list to its end; told when that place is reached.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text, number = file.read(CHUNK).lstrip(), 0
+            if not text.startswith("["):
+                raise FactFileError(f"{path} must hold a list of records, as {like} does")
+            text = text[1:]
+            while True:
+                at = 0
+                while (found := _next_row(text, at)) is not None:
+                    row, at = found
+                    number += 1
+                    yield row
+                text = text[at:]
+                more = file.read(max(CHUNK, len(text)))  # A long row is not tried over and over.
+                if not more:
+                    break
+                text += more
+    except OSError as error:
+        raise FactFileError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise FactFileError(f"{path}, record {number}: not UTF-8; save it as UTF-8") from None
+    if text.strip() != "]":
+        raise FactFileError(f"{path}, record {number}: not JSON, or cut off")
+
+
+def _next_row(text: str, at: int) -> tuple[object, int] | None:
+    """The row that begins after `at` and where it ends; None where there is none, or not all of it."""
+    try:
+        row, end = _DECODER.raw_decode(text, _BETWEEN.match(text, at).end())  # type: ignore[union-attr]
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    after = _SPACE.match(text, end).end()  # type: ignore[union-attr]
+    return (row, end) if text[after : after + 1] in (",", "]") else None
 
 
 # -- values ----------------------------------------------------------------------------------------

@@ -3,19 +3,18 @@
 The official ones are `attribute_snippets.json`, from Wikipedia; those of the bundled world are the paragraphs of its subjects.
 """
 
-import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from factlens.atlas.books import fact_book
 from factlens.atlas.paragraphs import reference
 from factlens.benchmarks.counterfact import Record
 from factlens.benchmarks.draws import drawn
 from factlens.benchmarks.mentions import mentioned
+from factlens.benchmarks.record_files import streamed, value
 from factlens.errors import FactFileError
 from factlens.text_metrics import TfIdf, fit_tfidf
 
@@ -46,26 +45,26 @@ def bundled_references() -> References:
 
 
 def read_references(path: str | Path) -> References:
-    """Read the official `attribute_snippets.json`: relation -> object -> list of `{"text": ...}`.
+    """Read the official `attribute_snippets.json`: a list of `relation_id`, `target_id` and `samples`, each of which has a `text`.
 
     Raises:
-        FactFileError: a file that is none, with what was expected.
+        FactFileError: with the record's number, the key, and what was expected there.
     """
-    try:
-        rows: Any = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        found = {
-            (relation, object_): [str(each["text"]) for each in listed]
-            for relation, objects in rows.items()
-            for object_, listed in objects.items()
-        }
-    except OSError as error:
-        raise FactFileError(f"cannot read the texts {path}: {error.strerror}") from None
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise FactFileError(
-            f"{path} is not of attribute_snippets.json's form, relation -> object -> list of texts "
-            f"({type(error).__name__}: {error})"
-        ) from None
+    found: dict[tuple[str, str], list[str]] = {}
+    for key, texts in snippets(path):
+        found.setdefault(key, []).extend(texts)
+    if not found:
+        raise FactFileError(f"{path} holds no texts")
     return _references(found, [text for listed in found.values() for text in listed])
+
+
+def snippets(path: str | Path) -> Iterator[tuple[tuple[str, str], list[str]]]:
+    """Relation and object of each record of that file, and its texts; one by one, because it is long. Raises what `read_references` raises."""
+    for number, row in enumerate(streamed(Path(path), "attribute_snippets.json")):
+        where = f"{path}, record {number}"
+        key = value(row, "relation_id", str, where), value(row, "target_id", str, where)
+        samples = value(row, "samples", list, where)
+        yield key, [value(each, "text", str, f"{where}, samples") for each in samples]
 
 
 def _references(found: Mapping[tuple[str, str], list[str]], texts: Iterable[str]) -> References:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +17,13 @@ from factlens.commands.options import (
     Samples,
     Workers,
 )
-from factlens.commands.shared import check_writable, clear_errors, executor_for, level_of
+from factlens.commands.shared import (
+    check_writable,
+    clear_errors,
+    executor_for,
+    level_of,
+    tell_left_out,
+)
 from factlens.terminal import console, progress, show_run
 
 if TYPE_CHECKING:
@@ -30,7 +35,7 @@ def average(
     facts: Annotated[
         Path | None,
         typer.Option(
-            help="A .csv, .jsonl or known_1000 .json file of facts; the bundled ones without it."
+            help="A .csv, .jsonl or known_1000 .json file of facts, or a name of `factlens data`; the bundled ones without it."
         ),
     ] = None,
     n: Annotated[
@@ -84,21 +89,20 @@ def average(
 
       factlens average --n 200 --study none --out runs/quick
 
-      factlens average --model gpt2-xl --facts data/known_1000.json --dtype bfloat16 --out runs/gpt2-xl
+      factlens average --model gpt2-xl --facts known_1000 --dtype bfloat16 --out runs/gpt2-xl
 
       factlens average --workers 4 --out runs/four
     """
     from factlens.averages import average as run
+    from factlens.data_folder import file_of
     from factlens.facts import read_facts
 
     bad_rows: list[str] = []
     with clear_errors(kept=out):
         check_writable(out)
-        wanted = read_facts(facts, on_bad_row=bad_rows.append) if facts is not None else None
-        for row in bad_rows[:5]:
-            print(f"left out: {row}", file=sys.stderr)
-        if len(bad_rows) > 5:
-            print(f"… and {len(bad_rows) - 5} more rows left out", file=sys.stderr)
+        path = file_of(facts, "facts")
+        wanted = read_facts(path, on_bad_row=bad_rows.append) if path is not None else None
+        tell_left_out(bad_rows)
         executor = executor_for(model, device, device_map, dtype, workers, ray_address)
         try:
             with progress("averaging") as tell:

@@ -52,7 +52,7 @@ def edit(
     rewrites: Annotated[
         Path | None,
         typer.Option(
-            help="Several facts into one edit: a .csv or .jsonl with prompt, subject, target, or CounterFact's .json."
+            help="Several facts into one edit: a .csv or .jsonl with prompt, subject, target, CounterFact's .json, or a name of `factlens data`."
         ),
     ] = None,
     layer: Annotated[
@@ -130,10 +130,13 @@ def edit(
 
       factlens apply runs/edit/edit.safetensors --prompt "The Space Needle is in"
     """
+    from factlens.data_folder import file_of
+
     with clear_errors():
         if text and dataset:
             raise usage("give --text or --dataset, not both")
-        given = _given(prompt, subject, target, rewrites, bool(paraphrase or neighbour))
+        file = file_of(rewrites, "counterfact")
+        given = _given(prompt, subject, target, file, bool(paraphrase or neighbour))
         if not dry_run:
             check_writable(out)
         hooked = load(model, device, dtype)

@@ -88,7 +88,9 @@ def evaluate(
     ] = None,
     snippets: Annotated[
         Path | None,
-        typer.Option(help="The official attribute_snippets.json, which RS compares texts with."),
+        typer.Option(
+            help="The official attribute_snippets.json, or that name of `factlens data`: what RS compares texts with."
+        ),
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="End with 1 if any record has no scores.")
@@ -120,20 +122,22 @@ def evaluate(
 
       factlens evaluate --editor rome --editor ft --editor ft-l --editor attn-edit --editor kn
 
-      factlens evaluate --model gpt2-xl --records counterfact.json --n 1000 --generate 100
+      factlens evaluate --model gpt2-xl --records counterfact --n 1000 --generate 100
 
       factlens evaluate --mode sequential --n 100 --every 10 --no-control --out runs/sequence
 
-      factlens evaluate --benchmark zsre --records zsre_mend_eval.json --model gpt2-xl
+      factlens evaluate --benchmark zsre --records zsre_mend_eval --model gpt2-xl
     """
     from factlens.benchmarks.references import read_references
+    from factlens.data_folder import file_of
     from factlens.evaluation_runs import RECORDS, Contestant, evaluate_run
 
     with clear_errors(kept=out):
         check_writable(out)
         plans = _plans(editor or ["rome"], settings_of(config, layer, clamp), control)
         _check_texts(benchmark, generate, snippets)
-        references = read_references(snippets) if snippets is not None else None
+        texts, records = file_of(snippets, "snippets"), file_of(records, benchmark)
+        references = read_references(texts) if texts is not None else None
         executor = executor_for(model, device, None, dtype, workers, ray_address)
         try:
             executor.call(gather_first, [given for label, _, given in plans if label == "rome"])

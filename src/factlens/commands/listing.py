@@ -1,8 +1,7 @@
-"""`factlens models` and `factlens data`: what there is, and what a model knows."""
+"""`factlens models`: what there is, and what a model knows."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
@@ -54,32 +53,6 @@ def models_command(
             ]
             print_table(("config", "serves", "window", "note"), rows)
             console().print("Any other hub name or local folder works too, with defaults.")
-
-
-def data(
-    name: Annotated[str | None, typer.Argument(help="What to fetch: known_1000.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where to put it.")] = Path("data"),
-) -> None:
-    """Fetch the paper's facts (needs the network; checked by sha256), or list what can be fetched."""
-    from factlens.facts import KNOWN_1000_SHA256, KNOWN_1000_URL, download_known_1000
-
-    with clear_errors():
-        if name is None:
-            print_table(
-                ("name", "what", "from", "sha256"),
-                [
-                    (
-                        "known_1000",
-                        "1 209 facts (ROME, Section 2)",
-                        KNOWN_1000_URL,
-                        KNOWN_1000_SHA256[:12],
-                    )
-                ],
-            )
-        elif name != "known_1000":
-            raise usage(f"there is no data set {name!r}; there is known_1000")
-        else:
-            console().print(f"{download_known_1000(folder)}", soft_wrap=True, markup=False)
 
 
 def _measure(name: str, split: str, device: str | None) -> None:

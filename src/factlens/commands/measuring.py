@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from factlens.commands.shared import usage
+from factlens.commands.shared import tell_left_out, usage
 from factlens.terminal import console, progress
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Records = Annotated[
     Path | None,
     typer.Option(
-        "--records", help="A file in the benchmark's form; without it the bundled records of atlas."
+        "--records",
+        help="A file in the benchmark's form, or a name of `factlens data`; without it the bundled records of atlas.",
     ),
 ]
 ConfigFile = Annotated[
@@ -78,7 +79,10 @@ def records_of(
             counterfact.read_records if benchmark == COUNTERFACT else zsre.read_records
         )
         # By subject, as the bundled ones: what is chosen on some is reported on others.
-        mine = [r for r in read(given) if is_tuned(r.subject) == (part == "tune")]
+        bad: list[str] = []
+        every = read(given, on_bad_row=bad.append)
+        tell_left_out(bad)
+        mine = [r for r in every if is_tuned(r.subject) == (part == "tune")]
         if len(mine) <= skip:
             raise usage(
                 f"{given} has {len(mine)} {part} records (the others' subjects are of the other part), and {skip} are left out"

@@ -45,7 +45,7 @@ def paper(
         Path | None, typer.Option(help="CounterFact records, as of `factlens evaluate`.")
     ] = None,
     zsre: Annotated[
-        Path | None, typer.Option(help="zsRE records (zsre_mend_eval.json), for Table 1.")
+        Path | None, typer.Option(help="zsRE records (zsre_mend_eval), for Table 1.")
     ] = None,
     editor: Annotated[
         list[str] | None,
@@ -68,8 +68,9 @@ def paper(
 
       factlens paper --out runs/paper-atlas
 
-      factlens paper --model gpt2-xl --facts data/known_1000.json --records counterfact.json --zsre zsre_mend_eval.json
+      factlens paper --model gpt2-xl --facts known_1000 --records counterfact --zsre zsre_mend_eval
     """
+    from factlens.data_folder import file_of
     from factlens.paper_pages import paper_page
     from factlens.paper_results import (
         AVERAGE,
@@ -88,6 +89,8 @@ def paper(
         if unknown := [name for name in names if name not in EDITORS]:
             raise usage(f"no editor {unknown[0]!r}; there are {', '.join(EDITORS)}")
         numbers = QUICK if quick else FULL
+        facts, records = file_of(facts, "facts"), file_of(records, "counterfact")
+        zsre = file_of(zsre, "zsre")
         files = {"facts file": facts, "records file": records, "zsre file": zsre}
         paths = {name: str(path) for name, path in files.items() if path is not None}
         keep_plan(out / "plan.json", {"model": model, "editors": names, **numbers, **paths})

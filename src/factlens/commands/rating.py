@@ -72,7 +72,9 @@ def make(
     model: ModelName = "atlas",
     records: Annotated[
         Path | None,
-        typer.Option(help="A file in CounterFact's form; without it atlas-CounterFact, bundled."),
+        typer.Option(
+            help="A file in CounterFact's form, or a name of `factlens data`; without it atlas-CounterFact, bundled."
+        ),
     ] = None,
     config_a: ConfigFile = None,
     config_b: ConfigFile = None,
@@ -97,6 +99,7 @@ def make(
 
       factlens rate make --texts texts.csv --editor-a ROME --editor-b FT+L
     """
+    from factlens.data_folder import file_of
     from factlens.rating_pages import rating_page
     from factlens.rating_texts import write_texts
     from factlens.ratings import draw, write_key
@@ -109,6 +112,7 @@ def make(
             plans = [(editor_a, config_a), (editor_b, config_b)]
             names = [_label(*plan) for plan in plans]
             _check_apart(names)
+            records = file_of(records, "counterfact")
             hooked = load(model, device, dtype)
             options = {"n": n, "passages": passages, "length": length}
             found, about = _written(hooked, plans, records, options)

@@ -193,6 +193,14 @@ def level_of(given: str | None) -> float | str | None:
         return given
 
 
+def tell_left_out(rows: Sequence[str]) -> None:
+    """Say which rows of a file cannot be used, the first few of them."""
+    for row in rows[:5]:
+        print(f"left out: {row}", file=sys.stderr)
+    if len(rows) > 5:
+        print(f"… and {len(rows) - 5} more rows left out", file=sys.stderr)
+
+
 def check_writable(out: Path) -> None:
     """Find out before the work, not after it."""
     from factlens.errors import OutputError

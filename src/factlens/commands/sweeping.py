@@ -81,6 +81,7 @@ def sweep(
 
       factlens sweep --token first-subject --token middle-subject --token last-subject --token last --average runs/average
     """
+    from factlens.data_folder import file_of
     from factlens.editors.rome import rome
     from factlens.executors import InProcess
     from factlens.files import written_whole
@@ -95,6 +96,7 @@ def sweep(
             raise usage(
                 "with --token there is one figure, of one clamp; run the command for each --clamp"
             )
+        records = file_of(records, COUNTERFACT)
         settings = settings_of(config, None, None)
         hooked = load(model, device, dtype)
         traced = None if average is None else main_trace(average, hooked)

@@ -31,7 +31,7 @@ def trace(
     facts: Annotated[
         Path | None,
         typer.Option(
-            help="Trace many facts: a .csv, .jsonl or known_1000 .json file, instead of a prompt."
+            help="Trace many facts instead of a prompt: a .csv, .jsonl or known_1000 .json file, or a name of `factlens data`."
         ),
     ] = None,
     kind: Annotated[
@@ -96,6 +96,7 @@ def trace(
 
       factlens trace --facts my_facts.csv --kind state --out runs/mine
     """
+    from factlens.data_folder import file_of
     from factlens.facts import Fact, read_facts
     from factlens.tracing import trace as run
 
@@ -106,7 +107,8 @@ def trace(
             raise usage("give a prompt or --facts, not both")
         if prompt is not None and subject is None:
             raise usage(f"say what {prompt!r} is about: --subject '...'")
-        wanted: Any = read_facts(facts) if facts is not None else Fact(str(prompt), str(subject))
+        path = file_of(facts, "facts")
+        wanted: Any = read_facts(path) if path is not None else Fact(str(prompt), str(subject))
         check_writable(out)
         hooked = load(model, device, dtype)
         with progress("tracing") as tell:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from factlens.commands.options import Device, ModelName, Precision
-from factlens.commands.shared import check_writable, clear_errors, load, usage
+from factlens.commands.shared import check_writable, clear_errors, load, tell_left_out, usage
 from factlens.terminal import console, print_table, progress
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def train_editor(
     ] = None,
     records: Annotated[
         Path | None,
-        typer.Option(help="An official file to train on; without it the bundled records."),
+        typer.Option(
+            help="An official file to train on, or a name of `factlens data`; without it the bundled records."
+        ),
     ] = None,
     text: Annotated[
         list[Path] | None,
@@ -73,9 +75,12 @@ def train_editor(
 
       factlens train-editor mend --model ./my-model --text my-texts.txt --out runs/mend
     """
+    from factlens.data_folder import file_of
+
     with clear_errors():
         made_by, numbers = _method(method), _numbers(config, steps, seed)
         _check_data(data, records)
+        records = file_of(records, "zsre" if data == "zsre" else "counterfact")
         plan = _config(made_by, numbers)
         if out is not None:
             check_writable(out)
@@ -156,8 +161,17 @@ def _trained(
     from factlens.editors.training import train
     from factlens.store import locked
 
+    bad: list[str] = []
     with console(stderr=True).status("reading records"):
-        given = lessons(model, data, corpus, records=records, text_tokens=plan.text_tokens)
+        given = lessons(
+            model,
+            data,
+            corpus,
+            records=records,
+            text_tokens=plan.text_tokens,
+            on_bad_row=bad.append,
+        )
+    tell_left_out(bad)
     console(stderr=True).print(
         f"{len(given.train)} records to train on, {len(given.held)} held out", style="dim"
     )

@@ -7,7 +7,7 @@
 Everything is a pure function of the records, the corpus and the tokenizer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise, zip_longest
 from pathlib import Path
@@ -29,6 +29,8 @@ PASSAGE, CONTINUATION = 24, 10
 """Tokens of a passage, and of what is to follow it, at most; the last number is the paper's."""
 SHORTEST = 8
 """Words of a passage, and tokens of an unrelated text, at least."""
+Told = Callable[[str], None] | None
+"""Who is told of a row of a file that cannot be used."""
 HELD = 8
 """One subject of so many is for measuring while training, the others for training."""
 
@@ -63,6 +65,7 @@ def lessons(
     *,
     records: Path | None = None,
     text_tokens: int = 32,
+    on_bad_row: Told = None,
 ) -> Lessons:
     """The lessons of `data`, "generic", "cf" or "zsre".
 
@@ -73,6 +76,7 @@ def lessons(
         records: a file in CounterFact's or zsRE's official form, of which the subjects for training are taken; without it the
             bundled records.
         text_tokens: length of the unrelated texts.
+        on_bad_row: told of each record of the file that cannot be used, and is then left out.
 
     Raises:
         FactFileError: a file that cannot be read, or with too few records for training.
@@ -83,9 +87,9 @@ def lessons(
     if data == "generic":
         made = list(_passages(tokenizer, documents[1::2]))
     elif data == "cf":
-        made = [_of_counterfact(each) for each in _counterfact_records(records)]
+        made = [_of_counterfact(each) for each in _counterfact_records(records, on_bad_row)]
     else:
-        made = [_of_zsre(each) for each in _zsre_records(records)]
+        made = [_of_zsre(each) for each in _zsre_records(records, on_bad_row)]
     held = tuple(each for each in made if _is_held(each))
     train = tuple(each for each in made if not _is_held(each))
     if not (held and train and texts):
@@ -105,9 +109,10 @@ def _is_held(lesson: Lesson) -> bool:
 # -- records ---------------------------------------------------------------------------------------
 
 
-def _counterfact_records(file: Path | None) -> list[counterfact.Record]:
+def _counterfact_records(file: Path | None, on_bad_row: Told) -> list[counterfact.Record]:
     if file is not None:
-        return [each for each in counterfact.read_records(file) if is_tuned(each.subject)]
+        every = counterfact.read_records(file, on_bad_row=on_bad_row)
+        return [each for each in every if is_tuned(each.subject)]
     return _in_turn([atlas_counterfact.counterfact(seed=seed).tune for seed in range(SEEDS)])
 
 
@@ -115,9 +120,10 @@ def _of_counterfact(record: counterfact.Record) -> Lesson:
     return Lesson(record.rewrite, record.paraphrase_prompts, ())
 
 
-def _zsre_records(file: Path | None) -> list[zsre.Record]:
+def _zsre_records(file: Path | None, on_bad_row: Told) -> list[zsre.Record]:
     if file is not None:
-        return [each for each in zsre.read_records(file) if is_tuned(each.subject)]
+        every = zsre.read_records(file, on_bad_row=on_bad_row)
+        return [each for each in every if is_tuned(each.subject)]
     return _in_turn([atlas_zsre.zsre(seed=seed).train for seed in range(SEEDS)])
 
 
