@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,6 +19,8 @@ class Served:
     """Whether it sends parts."""
     checks: bool = True
     """Whether it looks at If-Range, as it should."""
+    shift: int = 0
+    """By how many bytes it begins too late."""
     cuts: list[int] = field(default_factory=list)
     """After so many bytes of a body it breaks off, once for each number."""
     status: int = 200
@@ -44,7 +46,7 @@ class _Handler(BaseHTTPRequestHandler):
         same = self.headers.get("If-Range") in (served.etag, served.modified, None)
         begin = 0
         if asked and served.ranges and (same or not served.checks):
-            begin = int(asked.removeprefix("bytes=").removesuffix("-"))
+            begin = int(asked.removeprefix("bytes=").removesuffix("-")) + served.shift
             if begin >= len(served.content):
                 self.send_error(416)
                 return
@@ -59,7 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
         if served.length:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: served.cuts.pop(0)] if served.cuts else body)
+        with suppress(ConnectionError):  # It has heard enough.
+            self.wfile.write(body[: served.cuts.pop(0)] if served.cuts else body)
 
 
 @contextmanager

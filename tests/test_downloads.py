@@ -103,12 +103,31 @@ def test_without_parts_or_a_sure_version_it_begins_anew(server, target, changes,
     assert [each for _, each in server.asked] == asked
 
 
-@pytest.mark.parametrize("checks", [True, False], ids=["sends all", "sends the rest of another"])
-def test_of_a_file_that_changed_meanwhile_nothing_old_is_kept(server, target, checks):
+@pytest.mark.parametrize(
+    ("length", "changes", "requests"),
+    [
+        (len(BYTES), {"etag": '"two"'}, 2),
+        (len(BYTES), {"etag": '"two"', "checks": False}, 3),
+        (len(BYTES) + 1, {"checks": False}, 3),
+        (len(BYTES), {"shift": 7}, 3),
+    ],
+    ids=["sends all", "sends the rest of another", "of another length", "from another byte"],
+)
+def test_what_does_not_go_on_from_there_is_fetched_anew(server, target, length, changes, requests):
     cut(server, target, 1000)
-    server.content, server.etag, server.checks = b"new" * 1000, '"two"', checks
+    server.content = b"n" * length
+    for name, value in changes.items():
+        setattr(server, name, value)
     assert whole(server, target) == server.content
-    assert len(server.asked) == (2 if checks else 3)
+    assert len(server.asked) == requests
+
+
+def test_a_date_that_differs_is_another_version(server, target):
+    server.etag, server.modified = None, DATE
+    cut(server, target, 1000)
+    server.content, server.checks = b"n" * len(BYTES), False
+    server.modified = DATE.replace("01", "02")
+    assert whole(server, target) == server.content
 
 
 def test_a_file_that_became_shorter_is_fetched_anew(server, target):

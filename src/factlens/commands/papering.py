@@ -16,6 +16,7 @@ from factlens.commands.shared import (
     keep_plan,
     load,
     run_command,
+    tell_left_out,
     usage,
 )
 from factlens.terminal import console
@@ -137,7 +138,9 @@ def _records_and_texts(
         return
     hooked = load(model, None, "float32")
     if records is not None:
-        every = first = tuple(read_records(records))
+        bad: list[str] = []
+        every = first = tuple(read_records(records, on_bad_row=bad.append))
+        tell_left_out(bad)
     else:
         bundled = counterfact(hooked)
         every, first = bundled.records, bundled.test[SKIPPED:]
