@@ -162,6 +162,9 @@ def test_a_truncated_file_is_refused_even_where_the_server_says_no_length(tiny, 
 
 def test_another_file_under_the_same_url_is_refused_later(tiny, server):
     fetch(tiny).unlink()
+    first = notes()
+    fetch(tiny).unlink()
+    assert notes() == first, "of the same file again the first note stays"
     server.content = json.dumps(FACTS[::-1]).encode()
     with pytest.raises(DownloadError, match=f"expected {SHA} as on 20.*remove 'tiny' from data/d"):
         fetch(tiny)

@@ -179,7 +179,7 @@ def test_however_it_is_broken_off_and_changed_the_file_is_of_one_version(
             server.cuts = []
             download(server.url, folder / "f")
         finish(folder / "f")
-        assert (folder / "f").read_bytes() == versions[0]
+        assert (folder / "f").read_bytes() in versions
     finally:
         shutil.rmtree(folder)
 

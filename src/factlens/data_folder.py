@@ -86,7 +86,7 @@ def file_of(given: Path | None, *forms: str, folder: Path = FOLDER) -> Path | No
     Raises:
         DownloadError: the data set is not fetched yet, has changed, or is of another form.
     """
-    if given is None or given.is_file() or given.as_posix() not in DATA_SETS:
+    if given is None or given.as_posix() not in DATA_SETS or given.is_file():
         return given
     wanted = data_set(given.as_posix())
     if wanted.form not in forms:
@@ -173,6 +173,10 @@ def _notes(folder: Path) -> Mapping[str, Mapping[str, Any]]:
 def _note(
     wanted: DataSet, folder: Path, digest: str, records: int | None, version: Version
 ) -> None:
+    """Keep what the first whole file was; the same file again changes nothing."""
+    noted = _notes(folder)
+    if noted.get(wanted.name, {}).get("sha256") == digest:
+        return
     about = {
         "file": wanted.file,
         "sha256": digest,
@@ -185,6 +189,6 @@ def _note(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     kept = {name: value for name, value in about.items() if value is not None}
-    content = {"format": FORMAT, "files": {**_notes(folder), wanted.name: kept}}
+    content = {"format": FORMAT, "files": {**noted, wanted.name: kept}}
     with written_whole(folder / LOCK) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

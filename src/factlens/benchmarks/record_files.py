@@ -90,9 +90,10 @@ def streamed(path: Path, like: str) -> Iterator[object]:
     Raises:
         FactFileError: a file that cannot be read, or is no list to its end; told when that place is reached.
     """
+    number = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
-            text, number = file.read(CHUNK).lstrip(), 0
+            text = file.read(CHUNK).lstrip()
             if not text.startswith("["):
                 raise FactFileError(f"{path} must hold a list of records, as {like} does")
             text = text[1:]
