@@ -21,6 +21,7 @@ from factlens.atlas.books import (
 )
 from factlens.atlas.checks import problems
 from factlens.atlas.corpus import documents
+from factlens.atlas.measuring import drawn_statements, known, read_checkpoint
 from factlens.atlas.paragraphs import (
     BETWEEN,
     alike,
@@ -47,7 +48,7 @@ from factlens.atlas.tables import (
     settled_facts,
     world,
 )
-from factlens.atlas.variants import BASELINE, variants
+from factlens.atlas.variants import BASELINE, TAUGHT, variants
 from factlens.errors import ConfigError
 
 NEXT = FOLDER / "next"
@@ -270,6 +271,15 @@ def test_a_planted_error_is_found(plant, next_files):
     tables, templates = copy.deepcopy(next_files)
     plant(tables, templates)
     assert problems(tables, templates)
+
+
+def test_the_next_checkpoint_knows_the_facts_that_it_was_taught():
+    checkpoint, taught = read_checkpoint(NEXT / "checkpoint"), world(NEXT, TAUGHT)
+    for split, least in (("train", 0.97), ("held", 0.9)):
+        stated = drawn_statements(split, taught, 1500)
+        assert sum(known(checkpoint, stated)) > least * len(stated)
+    others = [replace(one, object=stated[at - 1].object) for at, one in enumerate(stated)]
+    assert sum(known(checkpoint, others)) < 0.2 * len(others)
 
 
 def test_it_is_as_large_as_it_should_be():
