@@ -10,8 +10,8 @@ from builders import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factlens import metrics, models
-from factlens.errors import PromptTooLong
+from factlens import metrics, models, runs
+from factlens.errors import FactError, PromptTooLong
 from factlens.metrics import (
     half_width,
     harmonic_mean,
@@ -125,9 +125,27 @@ def test_more_pairs_than_a_batch_and_none(family_model, monkeypatch):
     assert len(score(model, []).nll) == 0
 
 
+def test_rows_of_unlike_length_are_not_padded_to_one_another(family_model, monkeypatch):
+    model, passes, logits_of = family_model("gpt2"), [], runs.logits_of
+
+    def watched(model, tokens, **more):
+        passes.append(tuple(tokens.shape))
+        return logits_of(model, tokens, **more)
+
+    monkeypatch.setattr(runs, "logits_of", watched)
+    pairs = [("a" * length, "x") for length in (10, 4, 6, 7, 5)]
+    found = score(model, pairs)
+    assert passes == [(3, 7), (2, 11)]  # With the object's space.
+    monkeypatch.setattr(metrics, "UNLIKE", math.inf)
+    torch.testing.assert_close(score(model, pairs).nll, found.nll, atol=1e-5, rtol=0)
+    assert passes[2:] == [(5, 11)]
+
+
 def test_a_prompt_that_does_not_fit_is_refused(family_model):
     with pytest.raises(PromptTooLong, match="64 positions"):
         score(family_model("gpt2"), [("a" * 60, "b" * 9)])
+    with pytest.raises(FactError, match=r"the prompt '\\n' has no tokens"):
+        score(family_model("gpt2"), [("a", "b"), ("\n", "b")])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

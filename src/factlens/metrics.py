@@ -4,7 +4,8 @@ Every target is teacher-forced after its prompt and scored by its mean negative 
 (Section 3.2) by the share of its tokens that rank first.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from factlens import models, runs
-from factlens.errors import PromptTooLong
+from factlens.errors import FactError, PromptTooLong
 from factlens.models import Model
 from factlens.tokens import answer_ids, token_ids
 
@@ -24,6 +25,9 @@ PROTOCOL = f"{SCORING}/independent/1"
 """Scoring, decoding, mode and version: the paper's CounterFact, each edit alone. Numbers of two protocols do not compare."""
 BATCH = 64
 """Rows that share a forward pass."""
+UNLIKE = 1.5
+"""On a CPU a row longer than so many times the shortest of a pass goes into another: what pads the shorter ones is computed too. On
+a GPU a pass costs more to start than to pad."""
 
 
 # -- scores ----------------------------------------------------------------------------------------
@@ -129,10 +133,11 @@ class _Row:
 def score(model: Model, pairs: Sequence[tuple[str, str]]) -> Scored:
     """Score each (prompt, target), the target with the space that separates words.
 
-    Rows are padded at the right, where causality makes padding harmless. Pairs that need the same row share it: of a prompt with
-    two one-token targets there is one. Softmax is in float32 whatever the model's type.
+    Rows of like length share a pass, padded at the right, where causality makes padding harmless. Pairs that need the same row
+    share it: of a prompt with two one-token targets there is one. Softmax is in float32 whatever the model's type.
 
     Raises:
+        FactError: a prompt, or a target, has no tokens.
         PromptTooLong: a prompt and its target do not fit the context.
     """
     rows = sorted(
@@ -141,8 +146,7 @@ def score(model: Model, pairs: Sequence[tuple[str, str]]) -> Scored:
     )
     nll = torch.empty(len(rows))
     hits: dict[int, Bool[Tensor, " token"]] = {}
-    for start in range(0, len(rows), BATCH):
-        chunk = rows[start : start + BATCH]
+    for chunk in _alike(rows, UNLIKE if models.device_of(model).type == "cpu" else math.inf):
         for row, logits in zip(chunk, _logits(model, chunk), strict=True):
             answer = torch.tensor(row.targets)
             logprobs = logits.log_softmax(dim=-1).gather(1, answer[:, None])[:, 0]
@@ -156,14 +160,28 @@ def score(model: Model, pairs: Sequence[tuple[str, str]]) -> Scored:
 def _row(model: Model, pair: tuple[str, str], number: int) -> _Row:
     prompt, target = pair
     tokenizer, context = models.tokenizer(model), int(models.cfg(model).n_ctx)
-    answer = answer_ids(tokenizer, prompt, target)
-    ids = [*token_ids(tokenizer, prompt), *answer[:-1]]
+    begun, answer = token_ids(tokenizer, prompt), answer_ids(tokenizer, prompt, target)
+    if not begun:
+        raise FactError(f"the prompt {prompt!r} has no tokens; give the beginning of a text")
+    ids = [*begun, *answer[:-1]]
     if len(ids) > context:
         raise PromptTooLong(
             f"the prompt with its target {target!r} has {len(ids)} tokens and the model {context} positions; "
             f"shorten it (it begins {prompt[:40]!r})"
         )
     return _Row(tuple(ids), tuple(answer), number)
+
+
+def _alike(rows: Iterable[_Row], unlike: float) -> Iterator[list[_Row]]:
+    """Rows, the shortest first, cut into passes."""
+    chunk: list[_Row] = []
+    for row in rows:
+        if chunk and (len(chunk) == BATCH or len(row.ids) > unlike * len(chunk[0].ids)):
+            yield chunk
+            chunk = []
+        chunk.append(row)
+    if chunk:
+        yield chunk
 
 
 def _logits(model: Model, rows: Sequence[_Row]) -> list[Float[Tensor, "token d_vocab"]]:
