@@ -25,7 +25,7 @@ override OUT := $(value OUT)
 override FACTS := $(value FACTS)
 export MODEL PROMPT SUBJECT TARGET OUT FACTS
 
-.PHONY: help setup trace average report edit stats evaluate paper test test-all test-hooked-transformer check format bench bench-edits notebooks figures atlas atlas-release atlas-search atlas-facts clean
+.PHONY: help setup trace average report edit stats evaluate paper test test-all test-hooked-transformer check format bench bench-edits bench-evaluate notebooks figures atlas atlas-release atlas-search atlas-facts clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 28
@@ -126,6 +126,9 @@ bench: $(VENV)/installed  ## One-pass against plain, in one process; ARGS="--qui
 
 bench-edits: $(VENV)/installed  ## An edit against the official procedure, in one process; ARGS="--quick"
 	@$(BIN)/python -m factlens.edit_benchmark $(ARGS)
+
+bench-evaluate: $(VENV)/installed  ## evaluate against a straightforward loop, in one process; ARGS="--quick"
+	@$(BIN)/python -m factlens.evaluation_benchmark $(ARGS)
 
 notebooks: $(VENV)/installed-dev  ## Execute every notebook
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m notebooks tests/test_notebooks.py $(ARGS)

@@ -14,8 +14,8 @@ import factlens
 
 SOURCE = Path(factlens.__file__).parent
 LAYERS = [
-    ["cli", "panels", "scaling", "edit_benchmark", "atlas_search", "atlas_release"],
-    ["atlas_measures"],
+    ["cli", "panels", "scaling", "evaluation_benchmark", "atlas_search", "atlas_release"],
+    ["atlas_measures", "edit_benchmark", "plain_evaluation"],
     ["atlas_results"],
     ["atlas_blocks"],
     ["benchmark"],
