@@ -40,11 +40,11 @@ def plausible_edit(model, scale: float) -> Edit:
 @pytest.mark.parametrize(
     ("make", "scale", "rings"),
     [
-        (random_edit, 0.1, []),
+        pytest.param(random_edit, 0.1, [], marks=pytest.mark.slow),
         (random_edit, 1.0, []),
-        (random_edit, 10.0, ["output", "entropy"]),
+        pytest.param(random_edit, 10.0, ["output", "entropy"], marks=pytest.mark.slow),
         (random_edit, 100.0, ["output", "entropy", "repetition"]),
-        (plausible_edit, 0.1, []),
+        pytest.param(plausible_edit, 0.1, [], marks=pytest.mark.slow),
         (plausible_edit, 1.0, []),
         (plausible_edit, 100.0, ["output", "entropy", "repetition"]),
     ],
