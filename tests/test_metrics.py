@@ -133,12 +133,14 @@ def test_rows_of_unlike_length_are_not_padded_to_one_another(family_model, monke
         return logits_of(model, tokens, **more)
 
     monkeypatch.setattr(runs, "logits_of", watched)
+    monkeypatch.setattr(metrics, "FEW", 3)
     pairs = [("a" * length, "x") for length in (10, 4, 6, 7, 5)]
     found = score(model, pairs)
     assert passes == [(3, 7), (2, 11)]  # With the object's space.
-    monkeypatch.setattr(metrics, "UNLIKE", math.inf)
-    torch.testing.assert_close(score(model, pairs).nll, found.nll, atol=1e-5, rtol=0)
-    assert passes[2:] == [(5, 11)]
+    for name, value in (("FEW", 4), ("UNLIKE", math.inf)):
+        monkeypatch.setattr(metrics, name, value)
+        torch.testing.assert_close(score(model, pairs).nll, found.nll, atol=1e-5, rtol=0)
+    assert passes[2:] == [(4, 8), (1, 11), (5, 11)]
 
 
 def test_a_prompt_that_does_not_fit_is_refused(family_model):

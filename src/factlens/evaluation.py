@@ -11,6 +11,7 @@ import pandas as pd
 
 from factlens import editors, metrics
 from factlens.benchmarks.atlas_counterfact import other_facts
+from factlens.benchmarks.record_files import Unusable
 from factlens.benchmarks.references import References, bundled_references
 from factlens.counterfact_scores import COUNTERFACT, Others
 from factlens.engines.problems import Progress, no_progress
@@ -61,7 +62,8 @@ def evaluate(
 
     For zsRE: `case_id, subject, editor, measured_after, efficacy, paraphrase, specificity, KL, protocol, reason`.
 
-    A record that lacks prompts, or whose edit fails, has its reason and NaN for scores.
+    A record that lacks prompts, or whose edit fails, has its reason and NaN for scores; so has a row of a file of which no record could
+    be made (`counterfact.read_rows`).
 
     Args:
         model: a hooked model without edits.
@@ -110,10 +112,12 @@ def benchmark_of(records: Sequence[Any]) -> Benchmark:
     Raises:
         PlanError: of several, or of none that is known.
     """
-    kinds = {type(record) for record in records}
-    found = [of for of in BENCHMARKS if kinds <= {of.record}]
+    kinds = {each.benchmark if isinstance(each, Unusable) else type(each) for each in records}
+    found = [of for of in BENCHMARKS if kinds <= {of.record, of.name}]
     if not found:
-        names = ", ".join(sorted(f"{each.__module__}.{each.__name__}" for each in kinds))
+        names = ", ".join(
+            sorted(e if isinstance(e, str) else f"{e.__module__}.{e.__name__}" for e in kinds)
+        )
         raise PlanError(
             f"records are of {' or of '.join(of.name for of in BENCHMARKS)}, not {names}; evaluate each kind by itself"
         )

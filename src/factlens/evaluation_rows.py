@@ -14,6 +14,7 @@ from torch import Tensor
 
 from factlens import editors, metrics
 from factlens.benchmarks.mentions import plain_name
+from factlens.benchmarks.record_files import Unusable
 from factlens.benchmarks.references import unrelated
 from factlens.counterfact_scores import Others
 from factlens.edits import Edit, applied
@@ -45,6 +46,10 @@ class Session:
 
     unedited: dict[str, Float[Tensor, "token d_vocab"]] = field(default_factory=dict)
     """What the unedited model says after each token of unrelated texts, by text."""
+
+    def lacking(self, record: Any) -> str:
+        """Why a record cannot be measured; empty if it can."""
+        return record.reason if isinstance(record, Unusable) else self.of.lacking(record)
 
 
 # -- three ways ------------------------------------------------------------------------------------
@@ -132,7 +137,7 @@ def _all_cases(
     session: Session, records: Sequence[Any], batch: int
 ) -> tuple[list[Any], list[Any], tuple[str, ...]]:
     """The case of each record, or why there is none; the records that have one, whose edits are on the model together; unrelated texts."""
-    together = [record for record in records if not session.of.lacking(record)]
+    together = [record for record in records if not session.lacking(record)]
     cases = [
         case
         for start in range(0, len(records), batch)
@@ -146,7 +151,7 @@ def _all_cases(
 
 def _cases(session: Session, records: Sequence[Any], together: Sequence[Any]) -> list[Any]:
     """The case of each record, of the unedited model, or why there is none."""
-    of, lacks = session.of, [session.of.lacking(record) for record in records]
+    of, lacks = session.of, [session.lacking(record) for record in records]
     whole = [record for record, reason in zip(records, lacks, strict=True) if not reason]
     made = iter(
         _spared(lambda some: of.cases(session.model, some, session.others, together), whole)
@@ -196,7 +201,7 @@ def _edit_of(session: Session, given: Any) -> Edit:
     assert session.editor is not None, "nothing is asked of the unedited model"
     rewrites = [each.rewrite for each in given] if isinstance(given, list) else given.rewrite
     with editors.unremarked():
-        return session.editor(session.model, rewrites, session.config)
+        return editors.made(session.editor(session.model, rewrites, session.config))
 
 
 # -- one row ---------------------------------------------------------------------------------------

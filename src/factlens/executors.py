@@ -17,7 +17,7 @@ from factlens.models import Model, load_model
 Work = Callable[[Model, Any], Any]
 
 ATTEMPTS = 3
-"""How often a chunk may lose its worker before the run stops."""
+"""How often a chunk may lose its worker before it is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,8 @@ class OnRay:
     """Several processes, here or on a cluster, each with a model of its own.
 
     A worker that is lost (killed, out of memory, its machine gone) is started anew and its item done again, up to
-    `ATTEMPTS` times. Errors of factlens itself are raised here as they are.
+    `ATTEMPTS` times. An item that loses all of them does not take the others with it: they are done first. Errors of factlens itself
+    are raised here as they are.
 
     Args:
         source: how each worker loads the model. On a cluster factlens, and a local model folder, must be there.
@@ -114,29 +115,41 @@ class OnRay:
         return next(self.map(work, [item]))[1]
 
     def map(self, work: Work, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """Each worker has one item at a time."""
+        """Each worker has one item at a time.
+
+        Raises:
+            WorkersError: after all others, that items lost every worker; at once where the second did before any was finished.
+        """
         waiting, attempts = deque(range(len(items))), [0] * len(items)
         running: dict[Any, tuple[int, int]] = {}
         idle = list(range(len(self.actors)))
+        finished, lost = 0, []
         while waiting or running:
             while waiting and idle:
                 number, actor = waiting.popleft(), idle.pop()
                 attempts[number] += 1
                 running[self.actors[actor].do.remote(work, items[number])] = (number, actor)
-            (finished,), _ = self.ray.wait(list(running), num_returns=1)
-            number, actor = running.pop(finished)
+            (ended,), _ = self.ray.wait(list(running), num_returns=1)
+            number, actor = running.pop(ended)
             idle.append(actor)
             try:
-                yield number, self._result(finished)
+                result = self._result(ended)
             except self.ray.exceptions.RayError as error:
-                if attempts[number] == ATTEMPTS:
-                    line = str(error).strip().split("\n")[-1][:200]
-                    raise WorkersError(
-                        f"a part lost its worker {ATTEMPTS} times ({line}); what was finished is kept. Is there memory "
-                        "for a model in each worker, and is factlens installed where they run?"
-                    ) from None
                 self.actors[actor] = self._new()
-                waiting.appendleft(number)
+                if attempts[number] < ATTEMPTS:
+                    waiting.appendleft(number)
+                else:
+                    lost.append(str(error).strip().split("\n")[-1][:200])
+                if len(lost) > 1 and not finished:
+                    break
+                continue
+            finished += 1
+            yield number, result
+        if lost:
+            raise WorkersError(
+                f"{len(lost)} of {len(items)} parts lost their worker {ATTEMPTS} times ({lost[0]}); what was finished is kept. "
+                "Is there memory for a model in each worker, and is factlens installed where they run?"
+            )
 
     def _result(self, finished: Any) -> Any:
         """What the work returned; its own errors as they are, a lost worker as a `RayError`."""

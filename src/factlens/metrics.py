@@ -25,9 +25,9 @@ PROTOCOL = f"{SCORING}/independent/1"
 """Scoring, decoding, mode and version: the paper's CounterFact, each edit alone. Numbers of two protocols do not compare."""
 BATCH = 64
 """Rows that share a forward pass."""
-UNLIKE = 1.5
-"""On a CPU a row longer than so many times the shortest of a pass goes into another: what pads the shorter ones is computed too. On
-a GPU a pass costs more to start than to pad."""
+UNLIKE, FEW = 1.5, 8
+"""On a CPU a row longer than so many times the shortest of a pass goes into another, if so many are together already: what pads the
+shorter ones is computed too. On a GPU a pass costs more to start than to pad."""
 
 
 # -- scores ----------------------------------------------------------------------------------------
@@ -176,7 +176,8 @@ def _alike(rows: Iterable[_Row], unlike: float) -> Iterator[list[_Row]]:
     """Rows, the shortest first, cut into passes."""
     chunk: list[_Row] = []
     for row in rows:
-        if chunk and (len(chunk) == BATCH or len(row.ids) > unlike * len(chunk[0].ids)):
+        apart = len(chunk) >= FEW and len(row.ids) > unlike * len(chunk[0].ids)
+        if apart or len(chunk) == BATCH:
             yield chunk
             chunk = []
         chunk.append(row)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from factlens.benchmarks.record_files import read, texts, value, write
+from factlens.benchmarks.record_files import Unusable, read_all, texts, usable, value, write
 from factlens.errors import FactError, FactFileError
 from factlens.facts import Rewrite
 
@@ -89,7 +89,16 @@ def read_records(
     Raises:
         FactFileError: with the record's number, the key, and what was expected there.
     """
-    return read(Path(path), record_of, like="counterfact.json", on_bad_row=on_bad_row)
+    return usable(read_rows(path), Path(path), on_bad_row)
+
+
+def read_rows(path: str | Path) -> list[Record | Unusable]:
+    """`read_records` with each row that cannot be used in its place, and why: what an evaluation is given.
+
+    Raises:
+        FactFileError: a file that is none, or in which no row can be used.
+    """
+    return read_all(Path(path), record_of, benchmark="counterfact", like="counterfact.json")
 
 
 def write_records(records: Iterable[Record], path: str | Path) -> None:
@@ -101,6 +110,9 @@ def record_of(row: object, number: int, where: str) -> Record:
     """What one row of the official form says; `where` it is, for errors. Raises what `read_records` raises, or FactError."""
     rewrite = value(row, "requested_rewrite", dict, where)
     inside = f"{where}, requested_rewrite"
+    subject = value(rewrite, "subject", str, inside)
+    if not subject.strip():
+        raise FactFileError(f"{inside}: subject is empty; name what the fact is about")
     lists = {name: texts(row, name, where) for name in PROMPTS}
     return Record(
         case_id=value(row, "case_id", int, where),
@@ -109,7 +121,7 @@ def record_of(row: object, number: int, where: str) -> Record:
         relation_id=value(rewrite, "relation_id", str, inside),
         target_new=_target(rewrite, "target_new", inside),
         target_true=_target(rewrite, "target_true", inside),
-        subject=value(rewrite, "subject", str, inside),
+        subject=subject,
         **lists,
     )
 

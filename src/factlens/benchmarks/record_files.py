@@ -1,8 +1,10 @@
 """Files of benchmark records: JSON lists whose every value is checked, so that an error names the record, the key and what was expected."""
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,39 +20,83 @@ _SPACE, _BETWEEN = re.compile(r"\s*"), re.compile(r"[\s,]*")
 _KINDS = {str: "text", int: "a whole number", dict: "keys and values", list: "a list"}
 
 
-def read(
-    path: Path,
-    make: Callable[[object, int, str], Made],
-    *,
-    like: str,
-    on_bad_row: Callable[[str], None] | None = None,
-) -> list[Made]:
-    """What `make(row, number, where)` makes of each row of a list; with `on_bad_row`, rows of which it makes nothing are told and left out.
+@dataclass(frozen=True)
+class Unusable:
+    """A row of a file of which no record can be made. An evaluation has it as a row with its reason."""
+
+    benchmark: str
+    """The name of what it was to be a record of."""
+    case_id: int
+    """Its own number; without one its place in the file, counted down from -1, which is no record's."""
+    subject: str
+    relation_id: str
+    """Both as far as the row has them."""
+    reason: str
+
+
+def read_all(
+    path: Path, make: Callable[[object, int, str], Made], *, benchmark: str, like: str
+) -> list[Made | Unusable]:
+    """What `make(row, number, where)` makes of each row of a list, and in the place of a row of which it makes nothing why.
 
     `like` is the official file's name, for errors.
 
     Raises:
-        FactFileError: a file that is none, or a row that cannot be used.
+        FactFileError: a file that is none, or in which no row can be used.
     """
-    found = []
-    for number, row in enumerate(_rows(path, like)):
-        where = f"{path}, record {number}"
-        try:
-            found.append(_made(make, row, number, where))
-        except FactFileError as error:
-            if on_bad_row is None:
-                raise
-            on_bad_row(str(error))
-    if not found:
-        raise FactFileError(f"{path} holds no records that can be used")
+    found = [_made(make, row, number, benchmark) for number, row in enumerate(_rows(path, like))]
+    reasons = [each.reason for each in found if isinstance(each, Unusable)]
+    if len(reasons) == len(found):
+        first = f" ({reasons[0]})" if reasons else ""
+        raise FactFileError(f"{path} holds no records that can be used{first}")
     return found
 
 
-def _made(make: Callable[[object, int, str], Made], row: object, number: int, where: str) -> Made:
+def usable(
+    found: Iterable[Made | Unusable], path: Path, on_bad_row: Callable[[str], None] | None
+) -> list[Made]:
+    """The records of `read_all`; with `on_bad_row` it is told of each row that is none, without it the first is refused.
+
+    Raises:
+        FactFileError: naming that row.
+    """
+    records = []
+    for each in found:
+        if not isinstance(each, Unusable):
+            records.append(each)
+        elif on_bad_row is None:
+            raise FactFileError(f"{path}, {each.reason}")
+        else:
+            on_bad_row(f"{path}, {each.reason}")
+    return records
+
+
+def _made(
+    make: Callable[[object, int, str], Made], row: object, number: int, benchmark: str
+) -> Made | Unusable:
+    where = f"record {number}"
     try:
         return make(row, number, where)
+    except FactFileError as error:
+        reason = str(error)
     except FactError as error:
-        raise FactFileError(f"{where}: {error}") from None
+        reason = f"{where}: {error}"
+    return Unusable(
+        benchmark=benchmark,
+        case_id=_named(row, "case_id", int, -1 - number),
+        subject=_named(row, "subject", str, ""),
+        relation_id=_named(row, "relation_id", str, ""),
+        reason=reason,
+    )
+
+
+def _named(row: object, key: str, kind: type, missing: Any) -> Any:
+    """What a row, or the rewrite in it, has under a key, where it is of the kind."""
+    rewrite = row.get("requested_rewrite") if isinstance(row, Mapping) else None
+    for place in (row, rewrite):
+        with contextlib.suppress(FactFileError):
+            return value(place, key, kind, "")
+    return missing
 
 
 def write(rows: Iterable[Mapping[str, object]], path: str | Path) -> None:
@@ -142,6 +188,10 @@ def value(row: object, key: str, kind: type, where: str) -> Any:
     found = row[key]
     if not isinstance(found, kind) or isinstance(found, bool):
         raise FactFileError(f"{where}: {key} must be {_KINDS[kind]}, not {found!r}")
+    if isinstance(found, int) and not -(2**63) <= found < 2**63:
+        raise FactFileError(f"{where}: {key} must fit 64 bits, and has {found.bit_length()}")
+    if isinstance(found, str):
+        _check_text(found, key, where)
     return found
 
 
@@ -155,4 +205,13 @@ def texts(row: object, key: str, where: str) -> tuple[str, ...]:
     for number, each in enumerate(found):
         if not isinstance(each, str) or not each.strip():
             raise FactFileError(f"{where}: {key}[{number}] must be text, not {each!r}")
+        _check_text(each, f"{key}[{number}]", where)
     return tuple(found)
+
+
+def _check_text(text: str, key: str, where: str) -> None:
+    """Refuse half of a pair of code points, which JSON can hold and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise FactFileError(f"{where}: {key} is not valid text: {text!a}") from None

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from factlens.benchmarks.record_files import read, texts, value, write
+from factlens.benchmarks.record_files import Unusable, read_all, texts, usable, value, write
 from factlens.errors import FactError
 from factlens.facts import Rewrite
 
@@ -84,7 +84,16 @@ def read_records(
     Raises:
         FactFileError: with the record's number, the key, and what was expected there.
     """
-    return read(Path(path), _record, like="zsre_mend_eval.json", on_bad_row=on_bad_row)
+    return usable(read_rows(path), Path(path), on_bad_row)
+
+
+def read_rows(path: str | Path) -> list[Record | Unusable]:
+    """`read_records` with each row that cannot be used in its place, and why: what an evaluation is given.
+
+    Raises:
+        FactFileError: a file that is none, or in which no row can be used.
+    """
+    return read_all(Path(path), _record, benchmark="zsre", like="zsre_mend_eval.json")
 
 
 def write_records(records: Iterable[Record], path: str | Path) -> None:
