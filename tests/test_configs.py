@@ -110,7 +110,15 @@ def test_the_paper_is_what_the_defaults_say():
 
 def test_a_config_with_an_unknown_key_or_a_bad_section_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
-    for text, message in (("layer: 3", "layer"), ("rome: 17", "'rome' of mine.yaml")):
+    for text, message in (
+        ("layer: 3", "layer"),
+        ("rome: 17", "'rome' of mine.yaml must hold keys and values"),
+        ("knowledge_neurons: [1]", "'knowledge_neurons' of mine.yaml .* as in {threshold: 0.2}"),
+        ("fine_tuning: {layer: 3}", "'fine_tuning' of mine.yaml .* of each editor, as in {ft: "),
+        ("fine_tuning: {ftl: {layer: 3}}", "no editor 'ftl'; it has ft, ft-l, attn-edit"),
+        ("trained_editors: {mend: 2}", "'trained_editors' of mine.yaml .* as in {mend: "),
+        ("trained_editors: {ft: {scale: 2}}", "no editor 'ft'; it has mend, mend-cf"),
+    ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_config(path)

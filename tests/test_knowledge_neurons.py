@@ -542,7 +542,8 @@ def test_numbers_that_cannot_be_are_refused(family_model, given, words):
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="KN takes a mapping or a KNConfig, not list"):
-        unwrap(knowledge_neurons._config)([0.2])  # Annotations are checked in tests only.
+        # Annotations are checked in tests only.
+        unwrap(knowledge_neurons.kn_config_for)(family_model("gpt2"), [0.2])
 
 
 def test_what_cannot_be_edited_is_refused(family_model, monkeypatch):

@@ -16,6 +16,7 @@ from factlens.commands.statistics import stats
 from factlens.commands.sweeping import sweep
 from factlens.commands.tracing import trace
 from factlens.commands.training_editors import train_editor
+from factlens.commands.tuning import tune
 
 app = typer.Typer(
     name="factlens",
@@ -29,7 +30,20 @@ app = typer.Typer(
         "that ships with factlens, offline and in seconds. [bold]factlens edit[/bold] then changes one."
     ),
 )
-for command in (trace, average, report, edit, apply, diff, stats, evaluate, sweep, paper, data):
+for command in (
+    trace,
+    average,
+    report,
+    edit,
+    apply,
+    diff,
+    stats,
+    evaluate,
+    sweep,
+    tune,
+    paper,
+    data,
+):
     app.command()(command)
 app.command(name="models")(models_command)
 app.command(name="train-editor")(train_editor)

@@ -19,6 +19,12 @@ from factlens.errors import ConfigError
 
 T = TypeVar("T")
 
+FINE_TUNED = ("ft", "ft-l", "attn-edit")
+TRAINED = ("mend", "mend-cf", "mend-zsre", "ke", "ke-cf", "ke-zsre")
+"""The editors that `fine_tuning` and `trained_editors` have numbers of."""
+CHOSEN = "chosen by factlens"
+"""How a `..._source` begins whose numbers a command chose on the model itself; any other says who published them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TraceDefaults:
@@ -49,12 +55,34 @@ class ModelConfig:
     rome_source: str = ""
     """Where `rome` comes from."""
     fine_tuning: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    """The published numbers of FT, FT+L and AttnEdit, each under its editor's name; `editors.tuning_config` checks them."""
+    """The numbers of FT, FT+L and AttnEdit, each under its editor's name; `editors.tuning_config` checks them."""
     fine_tuning_source: str = ""
     """Where `fine_tuning` comes from."""
+    knowledge_neurons: Mapping[str, object] = field(default_factory=dict)
+    """KN's numbers where they differ from the method's defaults; `editors.knowledge_neurons` checks them."""
+    knowledge_neurons_source: str = ""
+    """Where `knowledge_neurons` comes from."""
+    trained_editors: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """How the changes of MEND and KE are scaled, each under its editor's name; `editors.checkpoints` checks it."""
+    trained_editors_source: str = ""
+    """Where `trained_editors` comes from."""
     layers: int | None = None
     """Blocks of the model that the layers in `rome` and `fine_tuning` are for; a model of another depth is edited at the same share of its own."""
     note: str = ""
+
+    def is_named(self, name: str) -> bool:
+        """Whether it serves a model of this name."""
+        short, served = name.rsplit("/", 1)[-1].lower(), {self.name, *self.models}
+        return name in served or short in {each.rsplit("/", 1)[-1].lower() for each in served}
+
+    def is_built(self, architecture: str | None) -> bool:
+        """Whether it serves models of this architecture whose name fits no config."""
+        plain = [each.replace("_", "") for each in self.architectures]
+        return bool(architecture) and str(architecture).replace("_", "") in plain
+
+    def is_chosen(self, section: str) -> bool:
+        """Whether the numbers of a section were chosen on the model by factlens, and not published."""
+        return str(getattr(self, f"{section}_source")).startswith(CHOSEN)
 
 
 def from_mapping(cls: type[T], given: Mapping[str, object], where: str = "") -> T:
@@ -85,6 +113,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except yaml.YAMLError as error:
         line = str(error).replace("\n", " ")
         raise ConfigError(f"{path} is not YAML: {line}") from None
@@ -103,9 +133,24 @@ def read_config(path: Path) -> ModelConfig:
     trace = from_mapping(TraceDefaults, given.pop("trace", None) or {}, f"'trace' of {path.name}")
     for key in ("models", "architectures"):
         given[key] = tuple(given.get(key) or ())
-    if not isinstance(given.setdefault("rome", {}), dict):
-        raise ConfigError(f"'rome' of {path.name} must hold keys and values, as in {{layer: 17}}")
+    for section, example in (("rome", "layer: 17"), ("knowledge_neurons", "threshold: 0.2")):
+        if not isinstance(given.setdefault(section, {}), dict):
+            raise ConfigError(
+                f"'{section}' of {path.name} must hold keys and values, as in {{{example}}}"
+            )
+    for section, names in (("fine_tuning", FINE_TUNED), ("trained_editors", TRAINED)):
+        _check_by_editor(given.setdefault(section, {}), names, f"'{section}' of {path.name}")
     return from_mapping(ModelConfig, {"name": path.stem, **given, "trace": trace}, path.name)
+
+
+def _check_by_editor(given: object, names: Sequence[str], where: str) -> None:
+    """Refuse a section that does not hold keys and values under names of editors."""
+    if not isinstance(given, dict) or not all(isinstance(each, dict) for each in given.values()):
+        raise ConfigError(
+            f"{where} must hold keys and values of each editor, as in {{{names[0]}: {{...}}}}"
+        )
+    if unknown := [name for name in given if name not in names]:
+        raise ConfigError(f"{where} has no editor {unknown[0]!r}; it has {', '.join(names)}")
 
 
 def config_folder() -> Path:
@@ -122,16 +167,10 @@ def known_configs() -> dict[str, ModelConfig]:
 
 def config_for(name: str, architecture: str | None = None) -> ModelConfig | None:
     """The config that serves a model, by its name, else by its architecture; None if there is none."""
-    short = name.rsplit("/", 1)[-1].lower()
-    for config in known_configs().values():
-        served = {config.name, *config.models}
-        if name in served or short in {each.rsplit("/", 1)[-1].lower() for each in served}:
-            return config
-    for config in known_configs().values():
-        plain = [each.replace("_", "") for each in config.architectures]
-        if architecture and architecture.replace("_", "") in plain:
-            return config
-    return None
+    known = known_configs().values()
+    found = [each for each in known if each.is_named(name)]
+    found += [each for each in known if each.is_built(architecture)]
+    return found[0] if found else None
 
 
 # -- checks of values ------------------------------------------------------------------------------

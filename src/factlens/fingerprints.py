@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from factlens import models
-from factlens.configs import config_for
 from factlens.models import Model
 
 SAMPLED = 4096
@@ -135,7 +134,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def provenance(model: Model) -> dict:
     """What a stored result says of the model it belongs to, and of the versions that it was computed with."""
-    config = config_for(models.model_name(model), models.architecture(model))
+    config = models.config_of(model)
     packages = {}
     for name in ("factlens", "transformer-lens", "transformers", "torch"):
         try:

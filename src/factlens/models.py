@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from factlens import atlas
-from factlens.configs import TraceDefaults, config_for
+from factlens.configs import ModelConfig, TraceDefaults, config_for
 from factlens.errors import ModelNotFound, ModelUnsupported, OutOfMemory
 
 Model = nn.Module
@@ -314,12 +314,17 @@ def _without_added_bos(given: Any, model_type: str) -> Any:
     return bare
 
 
+def config_of(model: Model) -> ModelConfig | None:
+    """The config that serves the model, by its name or its architecture; None if there is none."""
+    return config_for(model_name(model), architecture(model))
+
+
 def trace_defaults(model: Model) -> TraceDefaults:
     """What tracing uses unless told otherwise: the config's numbers, by the model's name or its architecture.
 
     A window as wide as the model would restore everything, so there it is cut to half the layers.
     """
-    config = config_for(model_name(model), architecture(model))
+    config = config_of(model)
     defaults = config.trace if config is not None else TraceDefaults()
     if defaults.window < n_layers(model):
         return defaults

@@ -2,7 +2,7 @@
 
 A trace draws single facts (`heatmap`), an averaged frame the paper's Figures 2, 3 and 7 (`heatmap`, `severed`,
 `lines`) and small multiples (`models`); stored frames draw without a model. Of edits: `losses`, `matrix`, `ranking`, and
-`compared` for a trace before and after; `sweep` draws Figure 5. `save` writes a figure to a file.
+`compared` for a trace before and after; `sweep` draws Figure 5, `tuning` the settings of editors. `save` writes a figure to a file.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from factlens.scatter_plots import agreement as agreement
 from factlens.styles import escape as escape
 from factlens.sweep_plots import sweep as sweep
 from factlens.traces import Trace
+from factlens.tuning_plots import tuning as tuning
 
 __all__ = [
     "agreement",
@@ -39,6 +40,7 @@ __all__ = [
     "save",
     "severed",
     "sweep",
+    "tuning",
 ]
 
 

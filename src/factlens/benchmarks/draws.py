@@ -16,6 +16,9 @@ from factlens.errors import FactError
 
 TUNED = 4
 """One subject of so many is for what is chosen or trained, the others for testing it."""
+PARTS = ("tune", "held", "test")
+HELD = 8
+"""One subject of so many is held out of what editors are trained on."""
 _SEPARATOR = "\x1f"
 
 
@@ -42,12 +45,20 @@ class Drawn(Generic[Made]):
     @property
     def tune(self) -> tuple[Made, ...]:
         """For choosing an editor's numbers, or training it; of other subjects than `test`."""
-        return tuple(record for record in self.records if is_tuned(record.subject))
+        return self._of("tune")
+
+    @property
+    def held(self) -> tuple[Made, ...]:
+        """Of `tune`, those of subjects that no editor is trained on: for choosing the numbers of trained editors too."""
+        return self._of("held")
 
     @property
     def test(self) -> tuple[Made, ...]:
         """For the numbers that are reported."""
-        return tuple(record for record in self.records if not is_tuned(record.subject))
+        return self._of("test")
+
+    def _of(self, part: str) -> tuple[Made, ...]:
+        return tuple(record for record in self.records if is_of(part, record.subject))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -59,6 +70,24 @@ class Drawn(Generic[Made]):
 def is_tuned(subject: str) -> bool:
     """Whether the subject's records are for choosing; the same with and without a capital."""
     return int(digest("split", subject.casefold())[:8], 16) % TUNED == 0
+
+
+def is_of(part: str, subject: str) -> bool:
+    """Whether the subject's records are of a part: "tune", "held", which is some of those, or "test", which is none of them.
+
+    Raises:
+        FactError: no such part.
+    """
+    if part not in PARTS:
+        raise FactError(f"no part {part!r} of the records; there are {', '.join(PARTS)}")
+    if part == "test":
+        return not is_tuned(subject)
+    return is_tuned(subject) and (part == "tune" or is_held(subject.casefold()))
+
+
+def is_held(about: str) -> bool:
+    """Whether what is about a subject, in small letters, or a passage is held out of what editors are trained on."""
+    return int(digest("held lesson", about)[:8], 16) % HELD == 0
 
 
 def numbered(of: World, only: Collection[str] | None) -> Iterator[tuple[int, Relation, str, str]]:

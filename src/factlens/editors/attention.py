@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from factlens import linear_maps
 from factlens.editors import register_each, several
-from factlens.editors.fine_tuning import FTLConfig
+from factlens.editors.fine_tuning import STEPS, FTLConfig
+from factlens.editors.spaces import Range, Space
 from factlens.editors.tuning import fine_tune
 from factlens.editors.tuning_config import Config, Method
 from factlens.edits import Edit
@@ -70,6 +71,7 @@ ATTN_EDIT = Method(
     linear_maps.attention_maps,
     (33, 48),
     {"learning_rate": 0.01, "max_change": 0.1},
+    Space({"learning_rate": STEPS, "max_change": Range(0.01, 1.0)}),
 )
 
 register_each(attn_edit, attn_edit_each)

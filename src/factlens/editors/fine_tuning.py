@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from factlens import linear_maps
 from factlens.editors import register_each, several
+from factlens.editors.spaces import Range, Space
 from factlens.editors.tuning import fine_tune
 from factlens.editors.tuning_config import Config, Method, TuningConfig
 from factlens.edits import Edit
@@ -104,8 +105,20 @@ def _output(model: Model, layer: int) -> list[LinearMap]:
     return [linear_maps.output_map(model, layer)]
 
 
-FT = Method("ft", FTConfig, _output, (1, 48), {"learning_rate": 0.01})
-FT_L = Method("ft-l", FTLConfig, _output, (0, 48), {"learning_rate": 0.01, "max_change": 0.05})
+STEPS = Range(0.001, 0.1)
+"""Steps of Adam: a tenth to ten times what is taken where nothing is known."""
+
+FT = Method(
+    "ft", FTConfig, _output, (1, 48), {"learning_rate": 0.01}, Space({"learning_rate": STEPS})
+)
+FT_L = Method(
+    "ft-l",
+    FTLConfig,
+    _output,
+    (0, 48),
+    {"learning_rate": 0.01, "max_change": 0.05},
+    Space({"learning_rate": STEPS, "max_change": Range(0.005, 0.5)}),
+)
 
 register_each(ft, ft_each)
 register_each(ft_l, ft_l_each)

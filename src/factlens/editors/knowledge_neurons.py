@@ -27,6 +27,7 @@ from factlens.editors import register_each, several
 from factlens.editors.neurons import Found, attributions, neurons_above
 from factlens.editors.questions import Question, question, say_traps
 from factlens.editors.realising import logprob, realise_layers, say_what_happened
+from factlens.editors.spaces import Range, Space
 from factlens.edits import Edit
 from factlens.engines.problems import Progress, no_progress
 from factlens.errors import ConfigError, EditError, ModelUnsupported
@@ -36,6 +37,11 @@ from factlens.tokens import answer_ids
 
 METHOD = "KN"
 EMBEDDINGS = ("input", "output")
+SPACE = Space(
+    {"threshold": Range(0.05, 0.8), "erase": Range(0.125, 8.0), "write": Range(0.125, 8.0)},
+    layers=False,
+)
+"""What is chosen on a model: a quarter to four times the threshold, and of either embedding from an eighth to the 8 of Dai et al."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +123,7 @@ def kn(
     Args:
         model: a hooked model; under `applied(...)` the edit is computed on top.
         rewrites: what to change.
-        config: a `KNConfig`, a mapping that changes its defaults, or None for those.
+        config: a `KNConfig`, a mapping that changes the model's own numbers, or None for those (`kn_config_for`).
         progress: told (layers done, layers of all batches).
 
     Raises:
@@ -150,7 +156,7 @@ def _edits(
     model: Model, groups: Sequence[Sequence[Rewrite]], given: Config, progress: Progress
 ) -> list[Edit]:
     models.check_one_device(model)
-    plan = _config(given)
+    plan = kn_config_for(model, given)
     edits.weights_of(model, map(models.W_out_name, range(models.n_layers(model))))
     table = _embeddings(model, plan)
     asked = [[_asked(model, rewrite, plan) for rewrite in group] for group in groups]
@@ -158,13 +164,23 @@ def _edits(
     return [_edit(model, plan, table, [(fact, next(found)) for fact in group]) for group in asked]
 
 
-def _config(given: Config) -> KNConfig:
+def kn_config_for(model: Model, given: Config = None, *, chosen: bool = True) -> KNConfig:
+    """The numbers to edit `model` with: those of its config (`configs/*.yaml`), else the defaults, where a mapping does not change them.
+
+    Those that were `chosen` on the model may be left out (`spaces`).
+
+    Raises:
+        ConfigError: a number that cannot be, or an unknown key.
+    """
     if isinstance(given, KNConfig):
         return given
     if given is not None and not isinstance(given, Mapping):
         raise ConfigError(f"{METHOD} takes a mapping or a KNConfig, not {type(given).__name__}")
+    config = models.config_of(model)
+    known = config is not None and (chosen or not config.is_chosen("knowledge_neurons"))
+    own = {**(config.knowledge_neurons if config is not None and known else {}), **(given or {})}
     # Converted first: YAML has `2` and `5e-1` for numbers, and lists for tuples.
-    named = {k: _CHECKS[k](k, v) if k in _CHECKS else v for k, v in (given or {}).items()}
+    named = {k: _CHECKS[k](k, v) if k in _CHECKS else v for k, v in own.items()}
     return configs.from_mapping(KNConfig, named, "KN's config")
 
 

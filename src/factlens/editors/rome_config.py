@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 
 from factlens import configs, models
-from factlens.configs import config_for, from_mapping
+from factlens.configs import from_mapping
+from factlens.editors.spaces import Range, Space
 from factlens.errors import ConfigError
 from factlens.models import Model
 
@@ -23,6 +24,8 @@ MOMENT_TOKENS = ("auto", "paper")
 DEPTH = (17, 48)
 """GPT-2 XL's layer and number of blocks: where a model without a published layer is edited, scaled by its depth. Rounded down it
 gives the published layers of GPT-2 medium (8 of 24) and large (12 of 36) too."""
+SPACE = Space({"max_norm_ratio": Range(0.5, 4.0)})
+"""What is chosen on a model, besides the layer: the clamp, from a half to the largest published one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,17 +135,20 @@ def read_rome_config(path: str | Path) -> ROMEConfig:
 
 
 def rome_config_for(
-    model: Model, given: ROMEConfig | Mapping[str, object] | str | Path | None = None
+    model: Model,
+    given: ROMEConfig | Mapping[str, object] | str | Path | None = None,
+    *,
+    chosen: bool = True,
 ) -> ROMEConfig:
     """The numbers to edit `model` with; `layer` is a layer of it.
 
     A mapping or a file changes the model's own numbers (`configs/*.yaml`) where it names them. A `ROMEConfig` names all of them,
-    so only its `layer` is filled in.
+    so only its `layer` is filled in. Of the model's own numbers those that were `chosen` on it may be left out (`spaces`).
 
     Raises:
         ConfigError: a layer that the model has not, or what `read_rome_config` refuses.
     """
-    own = _own(model)
+    own = _own(model, chosen)
     if isinstance(given, ROMEConfig):
         config = given if given.layer is not None else replace(given, layer=int(str(own["layer"])))
     else:
@@ -181,10 +187,12 @@ def _named(changes: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in changes.items() if (name, value) != ("layer", None)}
 
 
-def _own(model: Model) -> dict[str, object]:
-    """The model's numbers from its config, with a layer: a published one, or that share of the model's depth."""
-    config = config_for(models.model_name(model), models.architecture(model))
+def _own(model: Model, chosen: bool) -> dict[str, object]:
+    """The model's numbers from its config, with a layer: the config's, or that share of the model's depth."""
+    config = models.config_of(model)
     own: dict[str, object] = dict(config.rome) if config is not None else {}
+    if config is not None and config.is_chosen("rome") and not chosen:
+        own = {name: value for name, value in own.items() if name not in SPACE.names}
     if "layer" not in own or config is None or config.layers is None:
         layer, of = DEPTH
         own.setdefault("layer", layer * models.n_layers(model) // of)
