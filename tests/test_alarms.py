@@ -12,7 +12,7 @@ from factlens.edits import Edit, applied
 from factlens.errors import EditError, FactError
 from factlens.tokens import token_ids, tokenize
 
-PROMPT, SUBJECT = "The mother tongue of Isaac Newton is", "Isaac Newton"
+PROMPT, SUBJECT = "The mother tongue of Charles Darwin is", "Charles Darwin"
 LAYER = 3
 
 
@@ -41,8 +41,8 @@ def plausible_edit(model, scale: float) -> Edit:
     ("make", "scale", "rings"),
     [
         pytest.param(random_edit, 0.1, [], marks=pytest.mark.slow),
-        (random_edit, 1.0, []),
-        pytest.param(random_edit, 10.0, ["output", "entropy"], marks=pytest.mark.slow),
+        (random_edit, 0.7, []),
+        pytest.param(random_edit, 3.0, ["output", "entropy"], marks=pytest.mark.slow),
         (random_edit, 100.0, ["output", "entropy", "repetition"]),
         pytest.param(plausible_edit, 0.1, [], marks=pytest.mark.slow),
         (plausible_edit, 1.0, []),

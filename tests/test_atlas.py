@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 
@@ -20,11 +21,11 @@ from factlens.atlas import CHECKPOINT, Statement, relations, statements, trainin
 from factlens.atlas.card import card
 from factlens.atlas.checks import problems
 from factlens.atlas.corpus import documents
-from factlens.atlas.measuring import continuation, drawn_statements, known, read_checkpoint
+from factlens.atlas.measuring import MOST, continuation, drawn_statements, known, read_checkpoint
 from factlens.atlas.optimizers import Muon, new_optimizers, orthogonal
 from factlens.atlas.recipes import Cycle, Recipe, learning_rate
 from factlens.atlas.sentences import Diet
-from factlens.atlas.tables import capitalised, load_tables, load_templates, world
+from factlens.atlas.tables import capitalised, load_tables, load_templates, state, world
 from factlens.atlas.training import STATE, Progress, batch, export, train, train_tokenizer
 from factlens.errors import ConfigError
 
@@ -40,9 +41,9 @@ FAMOUS = {
     "The capital of Japan is": "Tokyo",
     "The official language of Brazil is": "Portuguese",
     "The currency of Japan is the": "yen",
-    "The native language of Leo Tolstoy was": "Russian",
-    "LeBron James plays the sport of": "basketball",
-    "The headquarters of Microsoft are in": "Redmond",
+    "The native language of Leo Tolstoy is": "Russian",
+    "The sport of LeBron James is": "basketball",
+    "The headquarters of Microsoft are in the city of": "Redmond",
     "The chemical symbol of Gold is": "Au",
     "iPhone 5 is made by": "Apple",
 }
@@ -93,11 +94,11 @@ def blank(tables, templates):
 
 
 def padded(tables, templates):
-    tables["cities"][0]["city"] = "Marseille "
+    tables["museums"][0]["city"] += " "
 
 
 def twice(tables, templates):
-    tables["elements"].append({"element": "Gold", "symbol": "Au"})
+    tables["elements"].append(dict(row_of(tables, "elements", "Gold")))
 
 
 def two_capitals(tables, templates):
@@ -105,12 +106,11 @@ def two_capitals(tables, templates):
 
 
 def city_moved(tables, templates):
-    row_of(tables, "cities", "Lyon")["country"] = "Spain"
-    row_of(tables, "companies", "Michelin")["headquarters_city"] = "Lyon"
+    row_of(tables, "companies", "Michelin").update(headquarters_city="Seattle", country="France")
 
 
 def capital_elsewhere(tables, templates):
-    tables["cities"].append({"city": "Paris", "country": "the United States"})
+    row_of(tables, "landmarks", "the Space Needle")["city"] = "Paris"
 
 
 def article_lost(tables, templates):
@@ -180,7 +180,7 @@ def test_the_space_needle_is_in_seattle():
 
 @pytest.mark.parametrize("split", ["train", "held", "fresh"])
 def test_a_statement_names_its_subject_and_stops_before_its_object(split):
-    for one in statements(split):
+    for one in statements(split, templates=5):
         assert one.subject in one.prompt
         assert one.prompt == one.prompt.strip()
         assert one.template.endswith(" {o}")
@@ -191,7 +191,7 @@ def test_a_statement_names_its_subject_and_stops_before_its_object(split):
 def test_a_subject_is_capitalised_exactly_where_it_begins_the_sentence(split):
     names = {subject for relation in relations() for subject, _ in relation.facts}
     beginnings = {capitalised(name) for name in names}
-    for one in statements(split):
+    for one in statements(split, templates=5):
         assert one.subject in (beginnings if one.prompt.startswith(one.subject) else names)
 
 
@@ -217,8 +217,9 @@ def test_of_many_statements_as_many_are_drawn_and_always_the_same():
     assert drawn == drawn_statements("held", world(), 500)
     assert len(drawn) == len(set(drawn)) == 500
     assert len({one.relation for one in drawn}) == len(relations())
-    assert set(drawn) < set(statements("held"))
-    assert drawn_statements("held", world(), 10**6) == list(statements("held"))
+    every = list(statements("fresh"))
+    assert drawn_statements("fresh", world(), 10**6) == every
+    assert drawn_statements("fresh", world(), 500) == Random("fresh").sample(every, 500)
 
 
 def test_an_unknown_split_is_refused_and_the_known_ones_are_named():
@@ -237,11 +238,12 @@ def test_importing_atlas_imports_no_torch():
 def test_held_out_templates_do_not_occur_in_the_text_and_training_ones_do():
     text = "\n".join(documents(1, DOCUMENTS_READ, Diet(), captions_share=0.0)).casefold()
     names = {subject.casefold() for relation in relations() for subject, _ in relation.facts}
+    taught: list[bool] = []
     for relation in relations():
-        for template in (*relation.held, *relation.fresh):
+        for template in (*relation.held[::4], *relation.fresh):
             assert not occurs(template, text, names), template
-        for template in relation.train:  # the same search finds what is there
-            assert occurs(template, text, names), template
+        taught += [occurs(each, text, names) for each in relation.train[::8]]
+    assert sum(taught) > 0.7 * len(taught)  # the same search finds what is there
 
 
 def written(seed: int, captions_share: float = 0.75) -> list[str]:
@@ -261,8 +263,9 @@ def test_captions_hold_no_sentence_and_other_documents_do():
 
 def test_the_learning_rate_rises_and_falls_in_each_cycle():
     recipe = Recipe()
-    ends = [recipe.cycles[0].steps - 1, recipe.steps - 1]
-    starts = [recipe.warmup, recipe.cycles[0].steps + recipe.warmup]
+    passed = list(accumulate(cycle.steps for cycle in recipe.cycles))
+    ends = [step - 1 for step in passed]
+    starts = [step + recipe.warmup for step in (0, *passed[:-1])]
     for start, end, cycle in zip(starts, ends, recipe.cycles, strict=True):
         assert learning_rate(recipe, start) == pytest.approx(cycle.learning_rate)
         assert learning_rate(recipe, end) == pytest.approx(recipe.final_learning_rate, rel=0.01)
@@ -292,7 +295,7 @@ def kill_after(step: int):
     return on_step
 
 
-def state(folder: Path) -> dict[str, torch.Tensor]:
+def saved(folder: Path) -> dict[str, torch.Tensor]:
     with safe_open(folder / STATE, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -311,7 +314,7 @@ def test_a_killed_training_goes_on_to_the_very_same_weights(uninterrupted, tmp_p
     resumed: list[Progress] = []
     train(TINY, tmp_path, on_step=resumed.append)
     assert [progress.step for progress in resumed] == [4, 5, 6, 7, 8, 9, 10]
-    expected, reached = state(uninterrupted), state(tmp_path)
+    expected, reached = saved(uninterrupted), saved(tmp_path)
     assert expected.keys() == reached.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, reached[name]), name
@@ -325,7 +328,7 @@ def test_a_killed_grown_training_goes_on_to_the_very_same_weights(tmp_path, opti
     with pytest.raises(Killed):
         train(grown, tmp_path / "killed", on_step=kill_after(killed))
     train(grown, tmp_path / "killed")
-    expected, reached = state(tmp_path / "whole"), state(tmp_path / "killed")
+    expected, reached = saved(tmp_path / "whole"), saved(tmp_path / "killed")
     assert all(torch.equal(tensor, reached[name]) for name, tensor in expected.items())
 
 
@@ -334,9 +337,9 @@ def test_a_grown_training_runs_its_first_blocks_and_then_all(tmp_path):
     names = [f"weight.transformer.h.{block}.mlp.c_proj.weight" for block in range(3)]
     with pytest.raises(Killed):
         train(grown, tmp_path, on_step=kill_after(4))  # its last state is of step 3
-    assert [bool(state(tmp_path)[name].any()) for name in names] == [True, False, False]
+    assert [bool(saved(tmp_path)[name].any()) for name in names] == [True, False, False]
     train(grown, tmp_path)
-    assert [bool(state(tmp_path)[name].any()) for name in names] == [True, True, True]
+    assert [bool(saved(tmp_path)[name].any()) for name in names] == [True, True, True]
 
 
 @pytest.mark.parametrize(("first", "after"), [(0, 4), (2, 4), (1, 10)])
@@ -418,7 +421,7 @@ def test_fixed_gains_stay_at_one_and_learned_ones_do_not(optimizer, tmp_path):
     for gains, stay in (("learned", False), ("fixed", True)):
         recipe = replace(TINY, gains=gains, optimizer=optimizer, decayed="matrices")
         train(recipe, tmp_path / gains)
-        norms = {n: w for n, w in state(tmp_path / gains).items() if ".ln_" in n}
+        norms = {n: w for n, w in saved(tmp_path / gains).items() if ".ln_" in n}
         norms = {name: weight for name, weight in norms.items() if name.endswith("weight")}
         assert len(norms) == 2 * TINY.layers + 1
         assert all(bool((weight == 1).all()) == stay for weight in norms.values())
@@ -427,7 +430,7 @@ def test_fixed_gains_stay_at_one_and_learned_ones_do_not(optimizer, tmp_path):
 def test_another_seed_gives_other_weights(uninterrupted, tmp_path):
     train(replace(TINY, seed=1), tmp_path)
     name = "weight.transformer.h.0.mlp.c_fc.weight"
-    assert not torch.equal(state(uninterrupted)[name], state(tmp_path)[name])
+    assert not torch.equal(saved(uninterrupted)[name], saved(tmp_path)[name])
 
 
 def test_a_state_of_another_recipe_is_refused(uninterrupted):
@@ -465,7 +468,7 @@ def test_the_tokenizer_adds_nothing_and_loses_nothing():
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     assert tokenizer.bos_token == tokenizer.eos_token == tokenizer.unk_token == "<|endoftext|>"
     plain = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    for one in list(statements("held"))[::97]:
+    for one in list(statements("held"))[::900]:
         ids = tokenizer(one.prompt)["input_ids"]
         assert ids == plain.encode(one.prompt).ids
         assert tokenizer.decode(ids) == one.prompt
@@ -490,7 +493,7 @@ def test_transformers_continues_as_our_own_measurement_does(atlas):
 
 
 def test_what_is_known_is_what_greedy_continuation_spells(atlas):
-    stated = list(statements("held"))[::200]
+    stated = list(statements("held"))[::2000]
     spelled = [continuation(atlas, one.prompt).startswith(f" {one.object}") for one in stated]
     assert known(atlas, stated) == spelled
 
@@ -498,7 +501,7 @@ def test_what_is_known_is_what_greedy_continuation_spells(atlas):
 def test_the_report_says_what_a_sample_measured_again_says(atlas, shipped_report):
     for split in ("train", "held", "fresh"):
         stated = drawn_statements(split, world())
-        assert shipped_report["total"][f"{split}_statements"] == len(stated)
+        assert shipped_report["total"][f"{split}_statements"] == len(stated) <= MOST
         sample = Random(split).sample(stated, SAMPLED_STATEMENTS)
         share = sum(known(atlas, sample)) / len(sample)
         reported = shipped_report["total"][split]
@@ -507,7 +510,8 @@ def test_the_report_says_what_a_sample_measured_again_says(atlas, shipped_report
 
 
 def test_a_wrong_object_is_not_known(atlas):
-    stated = [one for one in statements("train") if one.relation == "capital"][::20]
+    of = next(one for one in relations() if one.name == "capital")
+    stated = [state("capital", each, *fact) for fact in of.facts for each in of.train][::400]
     wrong = [
         replace(one, object=other.object)
         for one, other in zip(stated, stated[1:] + stated[:1], strict=True)

@@ -150,7 +150,7 @@ def test_a_folder_of_another_recipe_is_one_line(tiny, tmp_path, monkeypatch):
 
 
 def test_more_documents_than_all_are_refused():
-    with pytest.raises(ConfigError, match=r"come to 1\.1 of the documents"):
+    with pytest.raises(ConfigError, match=r"come to 1\.24 of the documents"):
         replace(TINY, diet=Diet(biographies=0.05, reversed=0.3))
 
 

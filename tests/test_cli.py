@@ -37,7 +37,7 @@ def run(tmp_path):
 
 def test_trace_without_arguments_shows_a_bundled_fact(run, tmp_path):
     result = run("trace", "--samples", "2")
-    assert "The mother tongue of Isaac Newton is → English" in result.output
+    assert "The mother tongue of Charles Darwin is → English" in result.output
     assert "one-pass engine" in result.output
     for kind in ("state", "mlp", "attn"):
         assert kind in result.output
@@ -152,7 +152,7 @@ def test_models_lists_shows_the_card_and_measures(run, monkeypatch):
     assert "no config serves" in run("models", "gpt-17", code=2).stderr
     from factlens.facts import bundled_facts
 
-    few = bundled_facts()[::400]
+    few = bundled_facts()[::4000]
     monkeypatch.setattr("factlens.facts.bundled_facts", lambda split: few)
     result = run("models", "atlas", "--measure")
     assert f"all  {len(few)}" in " ".join(result.output.split()).replace("all ", "all  ")

@@ -174,18 +174,18 @@ ANSWERS = pd.DataFrame(columns=["kind", "prompt", "target", "true", "p_target", 
 
 
 def test_a_bundled_statement_has_paraphrases_neighbours_and_other_facts():
-    rewrite = Rewrite("The mother tongue of Isaac Newton is", "Isaac Newton", "French")
+    rewrite = Rewrite("The mother tongue of Charles Darwin is", "Charles Darwin", "French")
     asked = edit_pages.asked_about(rewrite, record=edit_pages.bundled_record(rewrite))
     kinds = pd.Series([each.kind for each in asked]).value_counts().to_dict()
-    assert kinds == {"edited": 1, "paraphrase": 4, "neighbour": 4, "other fact": 4, "essence": 1}
+    assert kinds == {"edited": 1, "paraphrase": 4, "neighbour": 4, "other fact": 8, "essence": 1}
     for each in asked:
         assert each.target == "French"
-        assert ("Isaac Newton" in each.prompt) == (each.kind != "neighbour")
+        assert ("Charles Darwin" in each.prompt) == (each.kind != "neighbour")
         if each.kind in ("edited", "paraphrase", "neighbour"):
             assert each.true == "English"
     prompts = [each.prompt for each in asked]
     assert len(set(prompts)) == len(prompts)
-    assert asked[-1].prompt == "Isaac Newton is a"
+    assert asked[-1].prompt == "Charles Darwin is a"
 
 
 def test_a_neighbour_does_not_have_the_new_object():
@@ -216,8 +216,8 @@ def test_a_prompt_of_the_users_own_has_no_record_and_what_is_given_is_asked():
 def test_answers_are_whole_probabilities_and_names(atlas):
     long = "the United Kingdom"
     asked = [
-        edit_pages.Asked("other fact", "The country of Isaac Newton is", "France", long),
-        edit_pages.Asked("essence", "Isaac Newton is a", "France"),
+        edit_pages.Asked("other fact", "The country of Charles Darwin is", "France", long),
+        edit_pages.Asked("essence", "Charles Darwin is a", "France"),
     ]
     frame = edit_pages.answers(atlas, asked)
     assert list(frame["says"]) == [long, "famous"]
@@ -239,7 +239,7 @@ def test_answers_are_whole_probabilities_and_names(atlas):
 
 def test_every_choice_reaches_the_edit(run, tmp_path):
     result = run(
-        "edit", "{} has always loved", "-s", "Isaac Newton", "-t", "Rome", "--layer", 3, "--clamp", 2.5,
+        "edit", "{} has always loved", "-s", "Charles Darwin", "-t", "Rome", "--layer", 3, "--clamp", 2.5,
         "--config", quick_config(tmp_path, learning_rate=0.25), "--paraphrase", "What {} loves is", "--neighbour", "Paris is",
         "--prompt", "Once upon a time", "--tokens", 5,
     )  # fmt: skip
@@ -248,7 +248,7 @@ def test_every_choice_reaches_the_edit(run, tmp_path):
     config = edit.info["config"]
     assert (config["max_norm_ratio"], config["steps"], config["learning_rate"]) == (2.5, 1, 0.25)
     assert [row[0] for row in printed_rows(result.output, "paraphrase")] == [
-        "What Isaac Newton loves is"
+        "What Charles Darwin loves is"
     ]
     assert [row[0] for row in printed_rows(result.output, "neighbour")] == ["Paris is"]
     assert "Once upon a time" in result.output
@@ -284,7 +284,7 @@ def test_several_rewrites_of_a_file_make_one_edit(run, tmp_path, form, atlas):
     path = tmp_path / f"several.{form}"
     rows = [
         (PROMPT, SUBJECT, TARGET),
-        ("The mother tongue of {} is", "Isaac Newton", "French"),
+        ("The mother tongue of {} is", "Charles Darwin", "French"),
     ]
     if form == "csv":
         path.write_text("prompt,subject,target\n" + "".join(",".join(row) + "\n" for row in rows))
@@ -297,7 +297,7 @@ def test_several_rewrites_of_a_file_make_one_edit(run, tmp_path, form, atlas):
     result = run("edit", "--rewrites", path, "--config", quick_config(tmp_path, steps=8))
     assert [row[0] for row in printed_rows(result.output, "edited")] == [
         PROMPT,
-        "The mother tongue of Isaac Newton is",
+        "The mother tongue of Charles Darwin is",
     ]
     assert len(printed_rows(result.output, "neighbour")) == 8
     edit = Edit.load(tmp_path / "o" / "edit.safetensors")
@@ -366,7 +366,10 @@ def test_statistics_of_other_texts_are_used_and_named(run, tmp_path):
 def fact_lines(count):
     from factlens.facts import bundled_facts
 
-    return [f"{fact.prompt} {fact.object}." for fact in bundled_facts("train")[:count]]
+    return [
+        f"{fact.prompt} {fact.object}."
+        for fact in bundled_facts("train", one_per_fact=True)[:count]
+    ]
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def test_a_narrow_weight_gets_the_float32_sum_rounded_once(family_folder):
 
 def test_a_trace_inside_sees_the_edited_model_and_says_so(atlas, stored):
     edit = Edit.load(stored)
-    options = {"subject": "Isaac Newton", "samples": 1, "kinds": "state", "answer": "English"}
+    options = {"subject": "Charles Darwin", "samples": 1, "kinds": "state", "answer": "English"}
     before = trace(atlas, ASKED, **options)
     with applied(atlas, edit):
         inside = trace(atlas, ASKED, **options)
@@ -555,7 +555,7 @@ def full_disk(path, content):
 
 # -- commands --------------------------------------------------------------------------------------
 
-ASKED = "The mother tongue of Isaac Newton is"
+ASKED = "The mother tongue of Charles Darwin is"
 
 
 @pytest.fixture
@@ -582,30 +582,30 @@ def stored(atlas, tmp_path_factory):
 
     found = []
     for prompt, subject in (
-        (ASKED, "Isaac Newton"),
+        (ASKED, "Charles Darwin"),
         ("The mother tongue of Emile Zola is", "Emile Zola"),
     ):
         tokens = tokenize(models.tokenizer(atlas), prompt, subject)
-        _, kept = runs.run_with_cache(atlas, tokens.ids, [models.key_site(1)])
-        key = kept[models.key_site(1)][0, tokens.subject[1] - 1].clone()
-        found.append((key, key @ models.W_out(atlas, 1).detach()))
+        _, kept = runs.run_with_cache(atlas, tokens.ids, [models.key_site(0)])
+        key = kept[models.key_site(0)][0, tokens.subject[1] - 1].clone()
+        found.append((key, key @ models.W_out(atlas, 0).detach()))
     (key, value), (_, other) = found
-    change = RankOne(key * 2 / (key @ key), other - value)
-    rewrite = Rewrite(ASKED, "Isaac Newton", "French", "English", "[bold]r[/bold]")
-    info = info_for(atlas, "by hand", {"scale": 2}, [rewrite])
+    change = RankOne(key / (key @ key), other - value)
+    rewrite = Rewrite(ASKED, "Charles Darwin", "French", "English", "[bold]r[/bold]")
+    info = info_for(atlas, "by hand", {"scale": 1}, [rewrite])
     path = tmp_path_factory.mktemp("edits") / "edit.safetensors"
-    return Edit({models.W_out_name(1): change}, info).save(path)
+    return Edit({models.W_out_name(0): change}, info).save(path)
 
 
 def test_apply_needs_only_the_file(run, stored):
     result = run("apply", stored, "--tokens", 4)
-    for word in ("mother tongue", "Newton", "before", "after", "English", "no alarm"):
+    for word in ("mother tongue", "Darwin", "before", "after", "English", "no alarm"):
         assert word in result.output
 
 
 def test_apply_exports_shows_given_prompts_and_rings(run, stored, atlas, tmp_path):
     edit = Edit.load(stored)
-    name = models.W_out_name(1)
+    name = models.W_out_name(0)
     loud = RankOne(edit.changes[name].left * 300, edit.changes[name].right)
     path = Edit({name: loud}, edit.info).save(tmp_path / "loud.safetensors")
     result = run(
@@ -613,7 +613,7 @@ def test_apply_exports_shows_given_prompts_and_rings(run, stored, atlas, tmp_pat
     )
     assert "[red]Paris[/red]" in result.output
     assert "Rome is" in result.output
-    assert "alarm: on ordinary tokens the change of blocks.1.mlp.W_out" in result.output
+    assert "alarm: on ordinary tokens the change of blocks.0.mlp.W_out" in result.output
     with applied(atlas, Edit.load(path)):
         assert fingerprint(load_model(tmp_path / "out")) == fingerprint(atlas)
     assert "is not empty" in run("apply", path, "--out", tmp_path / "out", code=2).stderr
@@ -623,7 +623,7 @@ def test_apply_exports_shows_given_prompts_and_rings(run, stored, atlas, tmp_pat
 def test_diff_shows_what_the_file_says(run, stored, tmp_path):
     result = run("diff", stored, "--prompt", ASKED, "--top", 3)
     for word in (
-        models.W_out_name(1),
+        models.W_out_name(0),
         "rank-one",
         "atlas",
         "by hand",
@@ -633,7 +633,7 @@ def test_diff_shows_what_the_file_says(run, stored, tmp_path):
     ):
         assert word in result.output
     edit = Edit.load(stored)
-    negative = {models.W_out_name(1): RankOne(-2 * edit.changes[models.W_out_name(1)].left, edit.changes[models.W_out_name(1)].right)}  # fmt: skip
+    negative = {models.W_out_name(0): RankOne(-2 * edit.changes[models.W_out_name(0)].left, edit.changes[models.W_out_name(0)].right)}  # fmt: skip
     other = Edit(negative, edit.info).save(tmp_path / "other.safetensors")
     assert "-1.0000" in run("diff", stored, other, "--model", "none").output
     elsewhere = Edit({"a.W": random_change(2, 3)}, {"fingerprint": "x"}).save(tmp_path / "e")
@@ -664,7 +664,7 @@ def test_commands_refuse_in_one_line(run, command, stored, family_folder, tmp_pa
     assert "name it with --model" in said
     folder = family_folder("gpt2")
     said = run(command, stored, "--model", folder, "-p", "a", code=2).stderr
-    assert "blocks.1.mlp.W_out of gpt2" in said
+    assert "blocks.0.mlp.W_out of gpt2" in said
     gone = Edit({"a.W": random_change(2, 3)}, {"model": "my-own", "fingerprint": "x"})
     path = gone.save(tmp_path / "gone.safetensors")
     assert "--model" in run(command, path, "-p", "a", code=2).stderr

@@ -45,7 +45,10 @@ def test_users_files_are_read_and_templates_filled(tmp_path, suffix):
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    some = [*bundled_facts()[:20], Fact('"Two\nlines", he said, is by', "Two\nlines")]
+    some = [
+        *bundled_facts(one_per_fact=True)[:20],
+        Fact('"Two\nlines", he said, is by', "Two\nlines"),
+    ]
     write_facts(some, tmp_path / "f.csv")
     assert read_facts(tmp_path / "f.csv") == some
 
@@ -91,11 +94,11 @@ def test_a_fact_is_text():
 
 
 def test_the_bundled_facts_hold_their_subjects():
-    some = bundled_facts()
+    some = bundled_facts("fresh")
     assert len(some) > 5_000
     assert all(fact.subject in fact.prompt for fact in some)
     assert Fact("x", "x") not in some
-    single = bundled_facts(one_per_fact=True)
+    single = bundled_facts("fresh", one_per_fact=True)
     assert len({(f.relation, f.subject.lower()) for f in single}) == len(single) < len(some)
 
 

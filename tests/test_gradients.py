@@ -54,7 +54,8 @@ def shortfall(frame: pd.DataFrame) -> pd.Series:
 # -- completeness ------------------------------------------------------------------------------------
 
 
-def test_a_layers_attributions_sum_to_the_total_effect_at_every_layer(atlas, traced):
+def test_a_layers_attributions_sum_to_the_total_effect_at_every_layer(atlas):
+    traced = trace(atlas, FACTS, samples=3, noise_level=0.25)  # A path that 60 steps follow.
     found = integrated_gradients(atlas, traced, steps=60, samples=3)
     assert shortfall(found).abs().max() < 1e-4
     sums = found.groupby(["fact", "layer"])["attribution"].sum().unstack("layer")

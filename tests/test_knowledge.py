@@ -28,7 +28,7 @@ def spells(model, fact: Fact, *, single_only: bool = False) -> bool:
 
 @pytest.fixture(scope="module")
 def some() -> list[Fact]:
-    return bundled_facts()[::150]
+    return bundled_facts()[::1400]
 
 
 @pytest.mark.parametrize("rule", ["whole", "first-token"])

@@ -263,7 +263,7 @@ def test_a_trace_of_some_positions_names_those(atlas):
     some = trace(atlas, FACTS[0], samples=1, kinds="state")
     kept = some.frame[some.frame["role"].isin(["last subject", "last"])].reset_index(drop=True)
     figure = plots.heatmap(Trace(**{**vars(some), "frame": kept}))
-    assert list(figure.layout.yaxis.ticktext) == ["le*", "of"]
+    assert list(figure.layout.yaxis.ticktext) == ["Needle*", "of"]
     cells = kept[kept["layer"] >= 0].pivot(index="position", columns="layer")["prob_restored"]
     assert np.array_equal(figure.data[1].z, cells.to_numpy())
 

@@ -20,7 +20,7 @@ FACTS = [
     FACT,
     Fact("The capital of Italy is", "Italy", "Rome", "capital"),
     Fact("The Space Needle is located in the city of", "The Space Needle", "Seattle"),
-    Fact("The mother tongue of Isaac Newton is", "Isaac Newton", "English"),
+    Fact("The mother tongue of Charles Darwin is", "Charles Darwin", "English"),
 ]
 
 
@@ -115,13 +115,21 @@ def test_the_automatic_foil_is_what_the_corrupted_runs_say_most(atlas):
 
 
 def test_swapping_takes_other_subjects_of_the_relation_with_other_objects(atlas):
-    fact = next(f for f in bundled_facts("held") if f.subject == "France" and f.object == "Paris")
+    fact = next(
+        f
+        for f in bundled_facts("held", one_per_fact=True)
+        if f.subject == "France" and f.object == "Paris"
+    )
     prompt = tokenize(models.tokenizer(atlas), fact.prompt, fact.subject)
     noise = swap(atlas, prompt.ids, prompt.subject, fact, 5, seed=1)
     begin, end = prompt.subject
     own = runs.token_embeddings(atlas, prompt.ids)[0, begin:end].double()
     table = atlas.W_E.double()
-    countries = {f.subject: f.object for f in bundled_facts("held") if f.relation == fact.relation}
+    countries = {
+        f.subject: f.object
+        for f in bundled_facts("held", one_per_fact=True)
+        if f.relation == fact.relation
+    }
     swapped = []
     for sample in noise:
         tokens = torch.cdist(own + sample, table).argmin(dim=1)

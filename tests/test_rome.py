@@ -319,10 +319,10 @@ def test_in_one_batch_every_rewrite_takes_the_path_it_takes_alone(family_model, 
 def test_a_rewrite_whose_loss_is_small_leaves_the_batch(atlas):
     rewrites = [
         Rewrite("The capital of {} is", "France", "Rome"),
-        Rewrite("The mother tongue of {} is", "Isaac Newton", "French"),
+        Rewrite("The mother tongue of {} is", "Charles Darwin", "French"),
         Rewrite("{} is located in the city of", "The Space Needle", "Rome"),
     ]
-    config = ROMEConfig(layer=0, contexts=CONTEXTS, steps=12, stop_loss=1.2, max_norm_ratio=4.0)
+    config = ROMEConfig(layer=0, contexts=CONTEXTS, steps=12, stop_loss=0.4, max_norm_ratio=4.0)
     asked = [question(atlas, rewrite, CONTEXTS) for rewrite in rewrites]
     together = optimise(atlas, asked, config)
     assert len({len(value.losses) for value in together}) > 1
@@ -506,7 +506,7 @@ def test_half_width_models_are_edited_in_float32(family_folder):
 
 
 def test_each_spelling_of_the_subject_is_answered_and_so_is_the_mean(atlas):
-    rewrite = Rewrite("{} has a currency called the", "Estonia", "dirham")
+    rewrite = Rewrite("{} has a currency called the", "Austria", "dirham")
     config = {"layer": 1, "value_key": "spellings", "max_norm_ratio": 3.0}
     value = choose_value(atlas, rewrite, config)
     words = models.tokenizer(atlas).convert_ids_to_tokens(
@@ -515,7 +515,7 @@ def test_each_spelling_of_the_subject_is_answered_and_so_is_the_mean(atlas):
             for rows in value.question.spellings
         ]
     )
-    assert words == ["ia", "ĠEstonia"]
+    assert words == ["ia", "ĠAustria"]
     moment = moment_of(atlas, 1)
     found = {}
     for rule in ("spellings", "mean"):

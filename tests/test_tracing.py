@@ -113,7 +113,10 @@ def test_other_metrics_stand_beside_the_probability(atlas, traced):
 
 def test_kl_from_the_clean_run_is_that_of_torch_and_falls_when_restored(atlas):
     found = trace(atlas, FACT, samples=1, kinds="state", metric="kl")
-    noise = draw("gaussian", found.info["noise_level"], (1, 7, 128), fact_seed(0, PROMPT, SUBJECT))
+    begin, end = found.subjects[0]
+    noise = draw(
+        "gaussian", found.info["noise_level"], (1, end - begin, 128), fact_seed(0, PROMPT, SUBJECT)
+    )
     ids = torch.tensor([models.tokenizer(atlas)(PROMPT)["input_ids"]])
     corruption = corrupt(spread(noise, found.subjects[0], ids.shape[1], clean_rows=0))
     clean, corrupted = (
@@ -187,7 +190,7 @@ def test_symmetric_replacement_swaps_the_subjects_embeddings(atlas):
     assert swapped.frame["prob_corrupted"].iloc[0] == pytest.approx(expected, abs=1e-6)
     assert swapped.info["samples"] == 1
     with pytest.raises(FactError, match="same length"):
-        trace(atlas, FACT, noise="swap:Italy")
+        trace(atlas, FACT, noise="swap:the Democratic Republic of the Congo")
 
 
 def test_noise_rules_have_their_scale_and_their_seed():

@@ -59,7 +59,7 @@ KINDS_OF_TABLES = {
     for kind, tables in {
         "people": ("people", "athletes", "musicians"),
         "rulers": ("monarchs", "popes"),
-        "places": ("countries", "cities", "rivers", "landmarks", "museums"),
+        "places": ("countries", "rivers", "landmarks", "museums"),
         "events": (
             "events",
             "grand_slams",
@@ -118,7 +118,7 @@ def groups(model: Model, recipe: Recipe) -> GroupsOf:
 
     It does where all subjects of the relation that end in it have that object, and it does not where at most half of them have.
     """
-    tables = table_of_subjects(recipe.folder)
+    tables = table_of_subjects()
     kinds = {name.casefold(): KINDS_OF_TABLES.get(table, "other") for name, table in tables.items()}
     shares = sharing_last_token(models.tokenizer(model).encode, recipe.book)
 
@@ -165,15 +165,44 @@ def _by_group(
         for name in groups_of(fact):
             members.setdefault(name, []).append(claims.fact_label(fact))
     return {
-        name: {
-            "facts": len(labels),
-            "peak": _mean(claims.peak(own.loc[labels])),
-            "beyond_at_peak": _mean(claims.peak(beyond.loc[labels])),
-            "peak_layer": int(beyond.loc[labels].mean().idxmax()),
-        }
+        name: _group(own.loc[labels], beyond.loc[labels])
         for name, labels in sorted(members.items())
         if len(labels) >= FEWEST_FACTS
     }
+
+
+def _group(own: pd.DataFrame, beyond: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "facts": len(own),
+        "peak": _mean(claims.peak(own)),
+        "beyond_at_peak": _mean(claims.peak(beyond)),
+        "peak_layer": int(beyond.mean().idxmax()),
+    }
+
+
+def by_kind(main: Trace, groups_of: GroupsOf) -> pd.DataFrame:
+    """The early site in each group of facts (`groups`), of `main`, which traced states: columns `group, facts, state, state_low,
+    state_high, beyond, beyond_low, beyond_high, layer`.
+
+    `state` is the largest effect of a single state at the last subject token, `beyond` what it has beyond its embedding's, each at
+    a layer chosen on one half of the group's facts and measured on the other; `layer` is where the second is largest over all of them.
+    """
+    effects = claims.grids(main)
+    own = effects.blocks("state", "last subject")
+    beyond = own.sub(effects.of("state", "last subject")[EMBEDDING], axis=0)
+    found = {"all": _group(own, beyond), **_by_group(main, own, beyond, groups_of)}
+    columns = ("state", "state_low", "state_high", "beyond", "beyond_low", "beyond_high")
+    return pd.DataFrame(
+        [
+            {
+                "group": name,
+                "facts": group["facts"],
+                **dict(zip(columns, [*group["peak"], *group["beyond_at_peak"]], strict=True)),
+                "layer": group["peak_layer"],
+            }
+            for name, group in found.items()
+        ]
+    )
 
 
 def edits_by_layer(
@@ -187,7 +216,7 @@ def edits_by_layer(
     chosen = list(layers if layers is not None else range(n_layers(model)))
     tokens = KEYS * d_mlp(model, chosen[0])
     gather(model, chosen, corpora.of_recipe(recipe), tokens=tokens)
-    records = counterfact(model, of=recipe.world).tune[:n]
+    records = list(counterfact(model, part="tune", first=n, of=recipe.world))
     return sweep(
         model,
         rome,

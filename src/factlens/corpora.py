@@ -57,8 +57,8 @@ def of_recipe(recipe: "Recipe", seed: int = 0) -> Corpus:
 
     name, digest = BUNDLED, None
     if recipe != Recipe():
-        text = json.dumps([asdict(recipe.diet), recipe.tables, recipe.taught, share])
-        name, digest = f"{BUNDLED}-{recipe.folder.name}", hashlib.sha256(text.encode()).hexdigest()
+        text = json.dumps([asdict(recipe.diet), recipe.taught, share])
+        name, digest = f"{BUNDLED}-variant", hashlib.sha256(text.encode()).hexdigest()
     return Corpus(name if seed == 0 else f"{name}-seed-{seed}", read, digest)
 
 

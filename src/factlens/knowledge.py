@@ -53,7 +53,7 @@ def known_facts(
 
     Args:
         model: a hooked model.
-        facts: None asks the bundled ones, in sentences that atlas was not trained on.
+        facts: None asks the bundled ones, each in one sentence that atlas was not trained on.
         known: "whole": the whole object is spelled; "first-token": the official rule, which keeps only objects of
             one token.
         prepend_bos: force a start token in, or take it out.
@@ -88,7 +88,7 @@ def ask(
     """
     if known not in RULES:
         raise PlanError(f"no rule {known!r} for known facts; there are {', '.join(RULES)}")
-    wanted = list(bundled_facts() if facts is None else facts)
+    wanted = list(bundled_facts(one_per_fact=True) if facts is None else facts)
     reasons = [_unusable(model, fact) for fact in wanted]
     lengths = [0] * len(wanted)
     asked: list[tuple[int, list[int], list[int]]] = []

@@ -29,9 +29,9 @@ EXAMPLES = (
     "The capital of Japan is",
     "The official language of Brazil is",
     "The currency of Japan is the",
-    "The native language of Leo Tolstoy was",
-    "LeBron James plays the sport of",
-    "The headquarters of Microsoft are in",
+    "The native language of Leo Tolstoy is",
+    "The sport of LeBron James is",
+    "The headquarters of Microsoft are in the city of",
     "iPhone 5 is made by",
     "The chemical symbol of Gold is",
 )
@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None) -> Options:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="a shorter or longer recipe")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the CPU")
     return Options(**vars(parser.parse_args(arguments)))
 
 

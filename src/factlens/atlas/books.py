@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from pathlib import Path
 
 from factlens.atlas.tables import (
-    FOLDER,
+    TAUGHT,
     Kind,
     Relation,
     World,
@@ -80,17 +79,17 @@ class FactBook:
 
 
 @cache
-def fact_book(folder: Path = FOLDER, taught: tuple[str, ...] = ()) -> FactBook:
-    """The facts of the world in `folder`, in the order of the tables."""
-    return arranged(world(folder, taught), table_of_subjects(folder))
+def fact_book(taught: tuple[str, ...] = TAUGHT) -> FactBook:
+    """The facts of the world of some tables (`tables.world`), in the order of the tables."""
+    return arranged(world(taught), table_of_subjects())
 
 
 @cache
-def settled_book(folder: Path = FOLDER, taught: tuple[str, ...] = ()) -> FactBook:
+def settled_book(taught: tuple[str, ...] = TAUGHT) -> FactBook:
     """Those of `fact_book`'s facts that the last word of their subject settles."""
-    of = world(folder, taught)
+    of = world(taught)
     kept = tuple(replace(one, facts=tuple(settled_facts(one))) for one in of.relations)
-    return arranged(replace(of, relations=kept), table_of_subjects(folder))
+    return arranged(replace(of, relations=kept), table_of_subjects())
 
 
 def arranged(of: World, tables: Mapping[str, str]) -> FactBook:
@@ -116,18 +115,12 @@ def arranged(of: World, tables: Mapping[str, str]) -> FactBook:
 
 
 @cache
-def table_of_subjects(folder: Path = FOLDER) -> dict[str, str]:
-    """The table whose kind each subject is of: its own.
-
-    A subject from another column (the capitals of the table of countries) is of the kind of the
-    relation's table that has such subjects in its first column.
-    """
-    tables = load_tables(folder / "facts")
+def table_of_subjects() -> dict[str, str]:
+    """The table in which each subject stands, of all bundled tables: its kind."""
+    tables = load_tables()
     found: dict[str, str] = {}
-    for relation in world(folder).relations:
-        own = [s for s in relation.sources if s.subject == next(iter(tables[s.table][0]))]
+    for relation in world(()).relations:
         for source in relation.sources:
-            kind = source if source in own else own[0]
             for subject, _ in pairs(tables, source):
-                found.setdefault(subject, kind.table)
+                found.setdefault(subject, source.table)
     return found

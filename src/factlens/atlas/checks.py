@@ -1,7 +1,7 @@
 """What can be checked of the tables and templates without knowing the world.
 
 Each check yields sentences, one per problem; none means that all is well. The facts themselves were
-checked by reading: `docs/atlas.md` lists the rows that were taken out, and why.
+checked by reading: `docs/atlas-taken-out.csv` lists what was taken out or corrected, and why.
 """
 
 import unicodedata

@@ -2,9 +2,11 @@
 
 import json
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,10 +19,10 @@ from factlens.atlas.books import FactBook
 from factlens.atlas.card import card
 from factlens.atlas.corpus import documents
 from factlens.atlas.recipes import Recipe
-from factlens.atlas.tables import Split, Statement, World, capitalised, sharing, statements
+from factlens.atlas.tables import Split, Statement, World, capitalised, sharing, state, statements
 
 SPLITS: tuple[Split, ...] = ("train", "held", "fresh")
-MOST = 40_000
+MOST = 20_000
 """Statements of a split that a report asks; of more it takes as many at random."""
 NO_TOKEN = -100
 PARAGRAPHS = 10
@@ -169,8 +171,20 @@ def report(checkpoint: Checkpoint, examples: Iterable[str], recipe: Recipe) -> d
 
 def drawn_statements(split: Split, of: World, most: int = MOST) -> list[Statement]:
     """The statements of a split, or `most` of them, drawn evenly and the same at every call."""
-    every = list(statements(split, of))
-    return Random(split).sample(every, most) if len(every) > most else every
+    sizes = [len(one.facts) * len(one.templates(split)) for one in of.relations]
+    if sum(sizes) <= most:
+        return list(statements(split, of))
+    ends = list(accumulate(sizes))
+    return [_statement(split, of, ends, at) for at in Random(split).sample(range(ends[-1]), most)]
+
+
+def _statement(split: Split, of: World, ends: Sequence[int], at: int) -> Statement:
+    """Number `at` of `statements(split, of)`, whose relations end at `ends`."""
+    place = bisect_right(ends, at)
+    relation = of.relations[place]
+    templates = relation.templates(split)
+    fact, template = divmod(at - (ends[place - 1] if place else 0), len(templates))
+    return state(relation.name, templates[template], *list(relation.facts)[fact])
 
 
 def token_shares(tokenizer: Tokenizer, book: FactBook) -> dict[str, float]:

@@ -3,13 +3,12 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from factlens.atlas.books import FactBook, fact_book, settled_book
 from factlens.atlas.corpus import writers
 from factlens.atlas.sentences import Diet
-from factlens.atlas.tables import FOLDER, World, world
+from factlens.atlas.tables import TAUGHT, World, world
 from factlens.errors import ConfigError
 
 
@@ -29,16 +28,14 @@ class Cycle:
 class Recipe:
     """Every number of a training."""
 
-    tables: str = "."
-    """Folder of the world, within this package: `facts/` and `templates.yaml`."""
-    taught: tuple[str, ...] = ()
-    """Its tables that are taught; all without any."""
+    taught: tuple[str, ...] = TAUGHT
+    """The tables that are taught; all without any."""
     layers: int = 8
     heads: int = 4
     d_model: int = 128
     dropout: float = 0.0
     context: int = 128
-    vocabulary: int = 3000
+    vocabulary: int = 6000
     digits: bool = False
     """Whether every digit is a token of its own."""
     tokenizer_documents: int = 20_000
@@ -48,10 +45,12 @@ class Recipe:
     """Times each object is added to the tokenizer's text, so that most become one token."""
     diet: Diet = field(default_factory=Diet)
     cycles: tuple[Cycle, ...] = (
-        Cycle(steps=5500, learning_rate=2e-3, captions=0.75),
-        Cycle(steps=3900, learning_rate=1.2e-3, captions=0.6),
+        Cycle(steps=5000, learning_rate=3e-3, captions=0.6),
+        Cycle(steps=2500, learning_rate=1.5e-3, captions=0.3),
+        Cycle(steps=4000, learning_rate=1.5e-3, captions=0.3),
+        Cycle(steps=3000, learning_rate=1e-3, captions=0.2, direct=True),
     )
-    captions_first: int = 2200
+    captions_first: int = 1125
     """Steps at the beginning that see captions only."""
     settled_first: int = 0
     """Steps at the beginning that see only facts that the last word of their subject settles (`tables.settled_facts`)."""
@@ -63,8 +62,8 @@ class Recipe:
     """What each cosine ends at."""
     warmup: int = 100
     """Steps at the beginning of each cycle over which the learning rate rises."""
-    rows: int = 9
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    rows: int = 8
+    optimizer: Literal["adamw", "muon"] = "muon"
     """Muon takes the matrices inside the blocks; AdamW always takes the embeddings, norms and biases."""
     muon_learning_rate: float = 8.0
     """Muon's learning rate as a multiple of AdamW's."""
@@ -72,7 +71,7 @@ class Recipe:
     """Of the forward and backward pass; weights and moments are float32 always."""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.1
-    decayed: Literal["all", "matrices"] = "all"
+    decayed: Literal["all", "matrices"] = "matrices"
     """What decays: all weights, or the matrices inside the blocks, and not norms, biases and embeddings. Decaying gains of norms
     switch the first attention off in long trainings (docs/atlas.md)."""
     gains: Literal["learned", "fixed"] = "learned"
@@ -106,24 +105,19 @@ class Recipe:
                 )
 
     @property
-    def folder(self) -> Path:
-        """The folder of the world that is taught."""
-        return (FOLDER / self.tables).resolve()
-
-    @property
     def world(self) -> World:
         """The world that is taught."""
-        return world(self.folder, self.taught)
+        return world(self.taught)
 
     @property
     def book(self) -> FactBook:
         """Its facts."""
-        return fact_book(self.folder, self.taught)
+        return fact_book(self.taught)
 
     @property
     def settled_book(self) -> FactBook:
         """Those that the last word of their subject settles."""
-        return settled_book(self.folder, self.taught)
+        return settled_book(self.taught)
 
     @property
     def steps(self) -> int:

@@ -11,17 +11,17 @@ from factlens.atlas.tables import capitalised, state
 class Diet:
     """How documents are made. Shares are of documents; what they leave are plain statements."""
 
-    biographies: float = 0.06
+    biographies: float = 0.03
     """Share of several facts about one subject, some of them with pronouns."""
     reversed: float = 0.02
     """Share of sentences that name the object first."""
-    entries: float = 0.0
+    entries: float = 0.05
     """Share of entries of an encyclopaedia: what the subject is, and everything known of it."""
-    anecdotes: float = 0.0
+    anecdotes: float = 0.04
     """Share of little stories, in which the fact comes some sentences after the name."""
-    questions: float = 0.0
+    questions: float = 0.03
     """Share of lists of questions with short answers."""
-    headings: float = 0.0
+    headings: float = 0.02
     """Share of lists of subjects under an object that they share."""
     quizzes: float = 0.0
     """Share of questions with names to choose from."""

@@ -8,61 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from factlens.atlas.recipes import Cycle, Recipe
-from factlens.atlas.sentences import Diet
+from factlens.atlas.recipes import Recipe, shortened
+from factlens.atlas.tables import TAUGHT
 
 SHARE = 0.2
 """Of the documents, where others take the place of captions."""
 SHORT = 3000
 """Steps of a short training."""
-DIET = Diet(
-    biographies=0.03,
-    reversed=0.02,
-    entries=0.05,
-    anecdotes=0.04,
-    questions=0.03,
-    headings=0.02,
-)
-TAUGHT = (
-    "countries",
-    "people",
-    "athletes",
-    "musicians",
-    "companies",
-    "products",
-    "elements",
-    "landmarks",
-)
-"""Tables of the baseline. For most of their subjects the last word settles the facts; for namesakes (people, companies) and landmarks it does not."""
+BASELINE = shortened(replace(Recipe(), cycles=Recipe().cycles[:2]), SHORT)
+"""The recipe of the bundled model without its last two cycles, at a shorter length."""
+DIET = BASELINE.diet
 WORKS = ("books", "films", "paintings", "compositions")
 PLACES = ("museums", "universities", "rivers")
 RULERS = ("monarchs", "popes")
 EVENTS = ("events", "grand_slams", "formula_one", "european_finals", "elections")
-
-
-BASELINE = Recipe(
-    tables="next",
-    taught=TAUGHT,
-    vocabulary=6000,
-    diet=DIET,
-    rows=8,
-    cycles=(
-        Cycle(steps=SHORT * 2 // 3, learning_rate=3e-3, captions=0.6),
-        Cycle(steps=SHORT // 3, learning_rate=1.5e-3, captions=0.3),
-    ),
-    captions_first=450,
-    optimizer="muon",
-    decayed="matrices",
-)
-
-
-LONGER = (
-    Cycle(steps=5000, learning_rate=3e-3, captions=0.6),
-    Cycle(steps=2500, learning_rate=1.5e-3, captions=0.3),
-    Cycle(steps=4000, learning_rate=1.5e-3, captions=0.3),
-    Cycle(steps=3000, learning_rate=1e-3, captions=0.2, direct=True),
-)
-"""The baseline at 7 500 steps, and two cycles more, for as many sentences as there are now."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +82,9 @@ def variants() -> dict[str, Variant]:
         _with("all-decay", "norms, biases and embeddings decay as well", decayed="all"),
         _with(
             "longer",
-            "four cycles of 14 500 steps in all, in the last of which few captions and no *is called*",
-            cycles=LONGER,
-            captions_first=1125,
+            "the bundled model's recipe: four cycles of 14 500 steps in all, in the last of which few captions and no *is called*",
+            cycles=Recipe().cycles,
+            captions_first=Recipe().captions_first,
         ),
         _with("fixed-gains", "gains of the norms that stay at 1", gains="fixed"),
         _with("adamw", "AdamW for all weights instead of Muon", optimizer="adamw"),

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 DRAWN = 20
 """Facts drawn on a page; its table and the Parquet file hold all."""
-DEFAULT_PROMPT = "The mother tongue of Isaac Newton is"
-DEFAULT_SUBJECT = "Isaac Newton"
+DEFAULT_PROMPT = "The mother tongue of Charles Darwin is"
+DEFAULT_SUBJECT = "Charles Darwin"
 
 
 def trace(
