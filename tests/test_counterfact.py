@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from factlens import metrics
 from factlens.atlas import relations
-from factlens.atlas.tables import FOLDER, capitalised, world
+from factlens.atlas.tables import capitalised, world
 from factlens.benchmarks import draws
 from factlens.benchmarks.atlas_counterfact import (
     FEW_NEIGHBOURS,
@@ -159,7 +160,9 @@ def objects() -> dict[str, dict[str, set[str]]]:
 
 def subjects_in(prompt: str, of: dict[str, set[str]]) -> set[str]:
     """The longest subjects of a relation that occur in the prompt."""
-    found = {name for name in of if name in prompt.casefold()}
+    text = prompt.casefold()
+    near = [name for name in of if name in text]  # Quicker than the expression on all of them.
+    found = {name for name in near if re.search(rf"\b{re.escape(name)}\b", text)}
     return {name for name in found if not any(name in other and name != other for other in found)}
 
 
@@ -250,6 +253,24 @@ def test_the_model_finds_the_true_object_likelier_before_the_edit(records, atlas
     assert bool((true < new).all())
 
 
+def test_the_first_records_of_a_part_are_asked_alone(records, atlas):
+    told: list[tuple[int, int]] = []
+    for part, every in (("tune", records.tune), ("test", records.test)):
+        some = counterfact(atlas, part=part, first=3, progress=lambda *each: told.append(each))
+        assert some.records == every[:3]
+    assert max(told) == (3, 3)
+    assert counterfact(part="test", first=3, only=SMALL).records == counterfact(only=SMALL).test[:3]
+
+
+def test_of_what_a_model_does_not_know_others_are_taken_in_its_place(oracle_model):
+    whole = counterfact(oracle_model, only=SMALL)
+    some = counterfact(oracle_model, only=SMALL, first=5)
+    assert some.records == whole.records[:5]
+    left_out = some.dropped.groupby("reason")["n"].sum()[NEW_LIKELIER]
+    assert 0 < left_out < whole.dropped.groupby("reason")["n"].sum()[NEW_LIKELIER]
+    assert len(counterfact(oracle_model, only=SMALL, first=10**6)) == len(whole)
+
+
 def test_what_a_model_drops_is_counted_and_without_one_nothing_is(oracle_model):
     asked, every = counterfact(oracle_model, only=SMALL), counterfact(only=SMALL)
     counts = asked.dropped.groupby("reason")["n"].sum()
@@ -275,7 +296,7 @@ def test_a_relation_that_is_not_there_is_named():
 
 def test_the_records_are_these_on_every_machine(records):
     first = [(r.case_id, r.subject, r.target_new.text) for r in records.records[:2]]
-    assert first == [(705, "Sagrada Familia", "Ottawa"), (1935, "Ian Botham", "swimming")]
+    assert first == [(5370, "Gadolinium", "gas"), (2603, "Matthew Arnold", "Croatia")]
     assert len({record.case_id for record in records}) == len(records)
 
 
@@ -318,8 +339,8 @@ def test_a_record_of_another_data_set_has_no_other_facts(tmp_path):
     assert draws.is_tuned("the Louvre") == draws.is_tuned("The Louvre")
 
 
-def test_implied_relations_are_relations_of_the_bundled_or_the_next_world():
-    names = {one.name for of in (world(), world(FOLDER / "next")) for one in of.relations}
+def test_implied_relations_are_relations_of_the_tables():
+    names = {one.name for one in world(()).relations}
     assert {name for group in IMPLIED for name in group} <= names
 
 

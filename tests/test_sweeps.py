@@ -24,7 +24,7 @@ def run(*arguments: object):
 def records(atlas):
     from factlens import counterfact
 
-    return counterfact(atlas)
+    return counterfact(atlas, part="tune", first=3)
 
 
 def test_each_row_is_the_evaluation_with_its_settings(atlas, records):
@@ -91,7 +91,9 @@ def test_sweep_marks_one_and_writes_a_file(tmp_path):
         (("evaluate", "--n", 2, "--layer", 99), "8 layers, 0 to 7"),
         (("evaluate", "--n", 2, "--records", "nothing.json"), "nothing.json"),
         (("evaluate", "--n", 2, "--clamp", "-1"), "max_norm_ratio"),
-        (("evaluate", "--n", 2, "--skip", 99999), "99999 are left out"),
+        pytest.param(
+            ("evaluate", "--n", 2, "--skip", 99999), "99999 are left out", marks=pytest.mark.slow
+        ),
         (("sweep", "--n", 2, "--config", "nothing.yaml"), "nothing.yaml"),
     ],
 )

@@ -13,7 +13,7 @@ from factlens import metrics
 from factlens.atlas import Relation
 from factlens.atlas.tables import Split, World, state, world
 from factlens.benchmarks.counterfact import Record, Target
-from factlens.benchmarks.draws import Drawn, digest, drawn, new_object, numbered
+from factlens.benchmarks.draws import Drawn, digest, drawn, is_of, new_object, numbered
 from factlens.engines.problems import Progress, no_progress
 from factlens.facts import Fact
 from factlens.models import Model
@@ -31,6 +31,7 @@ IMPLIED = tuple(
         "university_city university_country place_continent place_language",
         "river_country river_mouth river_city river_source place_continent",
         "continent country_region",
+        "hq company_country company_continent",
         "birthplace person_country",
         "person_country person_continent",
         "maker product_country",
@@ -69,6 +70,8 @@ def counterfact(
     model: Model | None = None,
     *,
     only: Collection[str] | None = None,
+    part: str | None = None,
+    first: int | None = None,
     seed: int = 0,
     of: World | None = None,
     progress: Progress = no_progress,
@@ -81,6 +84,8 @@ def counterfact(
     Args:
         model: whose probabilities decide; None takes every record.
         only: names of the relations to take; all by default.
+        part: take facts about subjects of "tune", "held" or "test" alone, which is less to ask than all.
+        first: take so many records at most. The model is asked no further, so `dropped` does not count what it would have left out.
         seed: of the draws of objects, sentences, neighbours and the order.
         of: another world than the bundled one.
         progress: told (records asked, records in all).
@@ -88,19 +93,20 @@ def counterfact(
     kept: list[Record] = []
     dropped: list[tuple[str, str]] = []
     for number, relation, subject, object_ in numbered(of or world(), only):
+        if part is not None and not is_of(part, subject):
+            continue
         made = _record(relation, subject, object_, number, str(seed))
         if isinstance(made, Record):
             kept.append(made)
         else:
             dropped.append((relation.name, made))
+    kept.sort(key=lambda each: digest(str(seed), "order", str(each.case_id)))
     if model is not None:
-        likelier = _likelier(model, kept, progress)
-        dropped += [(each.relation_id, NEW_LIKELIER) for each in kept if each.case_id in likelier]
-        kept = [each for each in kept if each.case_id not in likelier]
+        kept, likelier = _true_likelier(model, kept, first, progress)
+        dropped += [(each.relation_id, NEW_LIKELIER) for each in likelier]
     counts = pd.DataFrame(dropped, columns=["relation", "reason"])
     table = counts.groupby(["relation", "reason"], sort=True).size().reset_index(name="n")
-    kept.sort(key=lambda each: digest(str(seed), "order", str(each.case_id)))
-    return Records(tuple(kept), table)
+    return Records(tuple(kept[:first]), table)
 
 
 def other_facts(record: Record) -> list[Fact]:
@@ -197,24 +203,28 @@ def _prompt(relation: Relation, template: str, subject: str) -> str:
     return state(relation.name, template, subject, "").prompt
 
 
-def _likelier(model: Model, records: Sequence[Record], progress: Progress) -> set[int]:
-    """Case numbers of the records of which the model finds the new object at least as likely as the true one."""
-    found: set[int] = set()
-    for start in range(0, len(records), ASKED):
-        chunk = records[start : start + ASKED]
+def _true_likelier(
+    model: Model, records: Sequence[Record], first: int | None, progress: Progress
+) -> tuple[list[Record], list[Record]]:
+    """The records of which the model finds the true object likelier than the new one, and the others, up to `first` of the former."""
+    kept: list[Record] = []
+    others: list[Record] = []
+    most = len(records) if first is None else min(first, len(records))
+    done, step = 0, ASKED if first is None else min(ASKED, max(first, 1))
+    while done < len(records) and len(kept) < most:
+        chunk = records[done : done + step]
         targets = [
             (each.rewrite.prompt, target.text)
             for each in chunk
             for target in (each.target_new, each.target_true)
         ]
         nll = metrics.score(model, targets).nll.reshape(-1, 2)
-        found |= {
-            each.case_id
-            for each, (new, true) in zip(chunk, nll.tolist(), strict=True)
-            if new <= true
-        }
-        progress(min(start + ASKED, len(records)), len(records))
-    return found
+        for each, (new, true) in zip(chunk, nll.tolist(), strict=True):
+            (others if new <= true else kept).append(each)
+        done += len(chunk)
+        progress(min(done, most), most)
+    progress(most, most)
+    return kept, others
 
 
 # -- the tables ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What `factlens evaluate` and `factlens sweep` share: their options, records, and how scores are printed."""
+"""What `factlens evaluate`, `sweep` and `tune` share: their options, records, and how scores are printed."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ ConfigFile = Annotated[
     typer.Option(help="Settings: YAML, the official JSON, or one of EasyEdit's YAML files."),
 ]
 COUNTERFACT, ZSRE = "counterfact", "zsre"
+HELD = "held"
+"""The part of the records that no editor is trained on and no table tests on."""
 SHOWN = ("S", "ES", "PS", "NS", "retention")
 """Columns that are printed of CounterFact."""
 
@@ -68,46 +70,58 @@ def gather_first(model: Model, plans: Sequence[dict[str, Any]]) -> None:
 def records_of(
     executor: Executor, benchmark: str, given: Path | None, n: int, part: str, skip: int = 0
 ) -> tuple[list[Any], Callable[..., Sequence[Any]]]:
-    """The first `n` records of a file, or of the bundled ones' test or tune part; and where their subjects' other facts are."""
+    """The first `n` records of a file, or of the bundled ones' test, tune or held part; and where their subjects' other facts are.
+
+    A row of the file of which no record can be made is one of the test part, where an evaluation says why; of the others it is told and left out.
+    """
     from factlens.benchmarks import counterfact, zsre
     from factlens.benchmarks.atlas_counterfact import other_facts
     from factlens.benchmarks.atlas_zsre import zsre as bundled_zsre
-    from factlens.benchmarks.draws import is_tuned
+    from factlens.benchmarks.draws import is_of
+    from factlens.benchmarks.record_files import Unusable
 
     if given is not None:
         read: Callable[..., list[Any]] = (
-            counterfact.read_records if benchmark == COUNTERFACT else zsre.read_records
+            counterfact.read_rows if benchmark == COUNTERFACT else zsre.read_rows
         )
-        # By subject, as the bundled ones: what is chosen on some is reported on others.
-        bad: list[str] = []
-        every = read(given, on_bad_row=bad.append)
-        tell_left_out(bad)
-        mine = [r for r in every if is_tuned(r.subject) == (part == "tune")]
+        # By subject, as the bundled ones: what is chosen on some is reported on others. A row without a subject is reported.
+        mine = [
+            r
+            for r in read(given)
+            if (is_of(part, r.subject) if r.subject.strip() else part == "test")
+        ]
+        if part != "test":  # An evaluation has a row for each that is none; here they say nothing.
+            tell_left_out([f"{given}, {r.reason}" for r in mine if isinstance(r, Unusable)])
+            mine = [r for r in mine if not isinstance(r, Unusable)]
         if len(mine) <= skip:
             raise usage(
                 f"{given} has {len(mine)} {part} records (the others' subjects are of the other part), and {skip} are left out"
             )
         return mine[skip : skip + n], _no_others
-    bundled: Any = executor.call(_bundled, None) if benchmark == COUNTERFACT else bundled_zsre()
-    found = getattr(bundled, part)
-    left_out = bundled.dropped.groupby("reason")["n"].sum()
+    asked = (part, skip + n)
+    found: Any = executor.call(_bundled, asked) if benchmark == COUNTERFACT else bundled_zsre()
+    mine = [each for each in found if is_of(part, each.subject)]
+    left_out = found.dropped.groupby("reason")["n"].sum()
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
     console(stderr=True).print(
-        f"{len(bundled)} records of the bundled facts; left out: {why}", style="dim", soft_wrap=True
+        f"{part} records of the bundled facts; of these facts {why}", style="dim", soft_wrap=True
     )
-    if len(found) <= skip:
+    if len(mine) <= skip:
         raise usage(
-            f"there are {len(found)} {part} records of the bundled facts, and {skip} are left out"
+            f"there are {len(mine)} {part} records of the bundled facts, and {skip} are left out"
         )
-    return list(found[skip : skip + n]), other_facts
+    return mine[skip : skip + n], other_facts
 
 
-def _bundled(model: Model, _: None) -> Any:
-    """The bundled records of what the model knows."""
+def _bundled(model: Model, asked: tuple[str, int]) -> Any:
+    """The first bundled records of a part, of what the model knows."""
     from factlens.benchmarks.atlas_counterfact import counterfact
 
+    part, first = asked
     with progress("asking") as tell:
-        return counterfact(model, progress=lambda done, total: tell(done, total, ""))
+        return counterfact(
+            model, part=part, first=first, progress=lambda done, total: tell(done, total, "")
+        )
 
 
 def _no_others(record: Record) -> tuple[()]:

@@ -260,8 +260,9 @@ def _records(model: Model, given: Path | None) -> list[Record]:
             raise usage(f"{given} has no record of the test part (their subjects are of the other)")
         return chosen
     with progress("asking") as tell:
-        bundled = counterfact(model, progress=lambda done, total: tell(done, total, ""))
-    return list(bundled.test)
+        return list(
+            counterfact(model, part="test", progress=lambda done, total: tell(done, total, ""))
+        )
 
 
 def _ready(path: Path) -> list[Comparison]:
