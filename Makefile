@@ -25,7 +25,7 @@ override OUT := $(value OUT)
 override FACTS := $(value FACTS)
 export MODEL PROMPT SUBJECT TARGET OUT FACTS
 
-.PHONY: help setup trace average report edit stats evaluate paper test test-all test-hooked-transformer check format bench bench-edits bench-evaluate notebooks figures atlas atlas-release atlas-search atlas-facts clean
+.PHONY: help setup trace average report edit stats evaluate paper test test-all test-hooked-transformer check format bench bench-edits bench-evaluate notebooks figures atlas atlas-release atlas-editors atlas-search atlas-facts clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 28
@@ -87,8 +87,8 @@ stats: $(VENV)/installed  ## Gather what edits need to know of a model, once, re
 evaluate: $(VENV)/installed  ## Score edits on atlas-CounterFact, with controls; MODEL=, ARGS="--n 200"
 	@$(BIN)/factlens evaluate --model "$$MODEL" $(ARGS)
 
-paper: $(VENV)/installed  ## Every figure and table of the paper in one report, resumable; MODEL=, FACTS=, QUICK=1, OUT=, ARGS="--records FILE --zsre FILE"
-	@$(BIN)/factlens paper --model "$$MODEL" $(if $(FACTS),--facts "$$FACTS") $(if $(QUICK),--quick) \
+paper: $(VENV)/installed $(RAY)  ## Every figure and table of the paper in one report, resumable; MODEL=, FACTS=, QUICK=1, WORKERS=, OUT=, ARGS="--records FILE --zsre FILE"
+	@$(BIN)/factlens paper --model "$$MODEL" --workers $(WORKERS) $(if $(FACTS),--facts "$$FACTS") $(if $(QUICK),--quick) \
 	  --out "$${OUT:-runs/paper-$$(basename "$$MODEL")$(if $(QUICK),-quick)}" $(ARGS)
 
 test: $(VENV)/installed-dev  ## The tests
@@ -139,12 +139,22 @@ figures: $(VENV)/installed  ## The README's figure (needs chromium)
 	@chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1480,480 \
 	  --virtual-time-budget=4000 --screenshot=docs/figures/trace.png file://$(CURDIR)/runs/figures/trace.html
 
-atlas: $(VENV)/installed  ## Train the bundled model again into runs/atlas (resumes; under an hour)
+atlas: $(VENV)/installed  ## Train the bundled model again into runs/atlas (resumes; about an hour)
 	@$(BIN)/python -m factlens.atlas --out runs/atlas $(ARGS)
 
 atlas-release: $(VENV)/installed $(RAY)  ## Measure what depends on the bundled model, and write it into configs, README and docs; resumable
 	@$(BIN)/python -m factlens.atlas_release measure $(ARGS)
 	@$(BIN)/python -m factlens.atlas_release write
+
+# make -j2 atlas-editors trains two at a time.
+TRAINED := src/factlens/editors/trained
+atlas-editors: $(foreach name,mend mend-cf mend-zsre ke ke-cf ke-zsre,$(TRAINED)/$(name).safetensors)  ## Train MEND and KE for the bundled model, into the package; resumable
+
+$(TRAINED)/%.safetensors: src/factlens/atlas/checkpoint/model.safetensors | $(VENV)/installed
+	@$(BIN)/factlens train-editor $(firstword $(subst -, ,$*)) --data $(or $(word 2,$(subst -, ,$*)),generic) \
+	  --steps $(if $(word 2,$(subst -, ,$*)),800,1200) --out runs/editors/$*
+	@mkdir -p $(TRAINED)
+	@cp runs/editors/$*/$*.safetensors $@
 
 atlas-search: $(VENV)/installed  ## Train variants of the bundled model and compare them, resumable; ARGS="--only heads-1"
 	@$(BIN)/python -m factlens.atlas_search run $(ARGS)

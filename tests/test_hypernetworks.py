@@ -434,6 +434,21 @@ def test_edits_are_stored_exported_and_leave_the_model_to_the_bit(
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_scale_is_how_many_times_the_proposed_change_is_made(double_model, tmp_path, method):
+    model = double_model("gpt2")
+    path = str(trained_of(model, method).save(tmp_path / "network.safetensors"))
+    plain = EDIT[method](model, REWRITES, {"checkpoint": path})
+    for scale in (1.0, 0.25, 3.0):
+        edit = EDIT[method](model, REWRITES, {"checkpoint": path, "scale": scale})
+        assert edit.info["config"]["scale"] == scale
+        for name, change in edit.changes.items():
+            wanted = scale * plain.changes[name].dense()
+            assert float(wanted.norm()) > 0
+            torch.testing.assert_close(change.dense(), wanted, rtol=1e-9, atol=1e-12)
+    assert plain.info["config"]["scale"] == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_several_rewrites_add_and_edits_side_by_side_are_those_made_one_by_one(
     double_model, method
 ):
@@ -550,7 +565,8 @@ def test_what_cannot_be_is_refused_in_one_line(family_model, tmp_path):
     with pytest.raises(EditorError, match="was trained for gpt2"):
         mend(other, REWRITES[0], {"checkpoint": str(path)})
     for given, error, words in (
-        ({"layer": 3}, ConfigError, "mend's config has no key layer; it has checkpoint"),
+        ({"layer": 3}, ConfigError, "mend's config has no key layer; it has checkpoint, scale"),
+        ({"scale": 0}, ConfigError, "a trained editor's scale is 0; it must be a number above 0"),
         (
             trained_of(model, "ke"),
             ConfigError,

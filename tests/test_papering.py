@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from factlens import counterfact, rome
 from factlens.averages import average
+from factlens.benchmarks.atlas_zsre import zsre
 from factlens.cli import app
 from factlens.commands import papering
+from factlens.editors import checkpoints
 from factlens.editors.fine_tuning import ft
-from factlens.errors import EditError, PlanError, RunError
+from factlens.errors import EditError, EditorError, PlanError, RunError
 from factlens.evaluation import evaluate
 from factlens.layer_sweeps import layer_sweep
 from factlens.paper_pages import paper_page
@@ -41,7 +43,9 @@ def folder(atlas, records, tmp_path_factory):
     (made / "figure-1").mkdir()
     trace(atlas, facts[:1], samples=1).save(made / "figure-1/trace.parquet")
     average(atlas, facts, out=made / "average", n=4, samples=1, variants="none")
-    for name, some, tokens in (("counterfact", records, None), ("texts", records[:1], 40)):
+    asked = zsre(only=["native_language"]).test[:3]
+    parts = (("counterfact", records, None), ("texts", records[:1], 40), ("zsre", asked, None))
+    for name, some, tokens in parts:
         (made / name).mkdir()
         frames = [
             evaluate(atlas, editor, some, label=label, config=config, generations=tokens)
@@ -76,8 +80,8 @@ def test_the_report_has_every_figure_and_table(folder):
         "GPT-2 XL (paper)",
         "The claims of Section 3",
         "FT bleeds over",
-        "zsRE (Table 1)",
-        "not testable here",
+        "zsRE editing results (ROME, Table 1)",
+        "MEND-zsRE",
         "(Table 3)",
         "at every layer and token (Figure 5)",
         "What edited models write (Figure 6)",
@@ -167,18 +171,24 @@ def ran(monkeypatch, folder):
 
     monkeypatch.setattr(papering, "run_command", run)
     monkeypatch.setattr(papering, "_records_and_texts", written)
+    monkeypatch.setattr(checkpoints, "trained_for", lambda model, method, data: None)
     return commands
+
+
+def values(words: list[str], option: str) -> list[str]:
+    """What an option was given, each time."""
+    return [words[at + 1] for at, word in enumerate(words) if word == option]
 
 
 def test_it_runs_every_experiment_and_ends_in_a_report(ran, tmp_path):
     done = invoke("--quick", "--out", tmp_path / "paper")
     assert done.exit_code == 0, done.output
-    assert [words[0] for words in ran] == ["trace", "average", "evaluate", "evaluate", "sweep"]
-    table, texts = ran[2:4]
+    assert [words[0] for words in ran] == ["trace", "average", *["evaluate"] * 3, "sweep"]
+    table, texts, questions = ran[2:5]
     for words in (table, texts):
-        assert [words[at + 1] for at, word in enumerate(words) if word == "--editor"] == list(
-            papering.COMPARED
-        )
+        assert values(words, "--editor") == [*papering.COMPARED]
+    assert values(questions, "--editor") == [*papering.COMPARED_ZSRE]
+    assert values(questions, "--benchmark") == ["zsre"]
     assert table[table.index("--n") + 1] == "12"
     assert texts[texts.index("--generate") + 1] == "100"
     assert "Table 2" in (tmp_path / "paper/report.html").read_text("utf-8")
@@ -189,19 +199,33 @@ def test_it_goes_on_and_does_not_mix_two_plans(ran, tmp_path):
     before = len(ran)
     assert invoke("--quick", "--out", tmp_path / "paper").exit_code == 0
     # What resumes by itself is asked again; the trace and the sweep are there.
-    assert [words[0] for words in ran[before:]] == ["average", "evaluate", "evaluate"]
+    assert [words[0] for words in ran[before:]] == ["average", *["evaluate"] * 3]
     other = invoke("--out", tmp_path / "paper")
     assert other.exit_code == 2
     assert "holds measurements of another facts, records, texts, layers" in other.stderr
 
 
-def test_zsre_needs_its_file_and_is_then_table_1(ran, tmp_path):
+def test_a_file_of_questions_takes_the_place_of_the_bundled_ones(ran, tmp_path):
     done = invoke("--quick", "--zsre", "zsre.json", "--out", tmp_path / "paper")
     (asked,) = [words for words in ran if "--benchmark" in words]
-    assert asked[asked.index("--records") + 1] == "zsre.json"
+    assert values(asked, "--records") == ["zsre.json"]
     plan = json.loads((tmp_path / "paper/plan.json").read_text("utf-8"))
     assert plan["zsre file"] == "zsre.json"
     assert done.exit_code == 0, done.output
+
+
+def test_editors_that_are_not_trained_for_the_model_are_left_out_and_named(
+    ran, tmp_path, monkeypatch
+):
+    def trained_for(model, method, data):
+        if method.name == "ke":
+            raise EditorError("there is no trained ke; `factlens train-editor ke` trains one")
+
+    monkeypatch.setattr(checkpoints, "trained_for", trained_for)
+    done = invoke("--quick", "--out", tmp_path / "paper")
+    assert done.exit_code == 0, done.output
+    assert values(ran[2], "--editor") == [n for n in papering.COMPARED if not n.startswith("ke")]
+    assert "left out: there is no trained ke; `factlens train-editor ke` trains one" in done.stderr
 
 
 def test_an_unknown_editor_is_one_line(tmp_path):

@@ -110,8 +110,8 @@ def test_a_killed_training_goes_on_bit_for_bit(model, tmp_path, method):
     lines = [(tmp_path / run / CURVE).read_text() for run in ("whole", "parts")]
     assert lines[0] == lines[1]
     curve = [json.loads(line) for line in lines[0].splitlines()]
-    assert [line["step"] for line in curve] == [2, 4]
-    assert (curve[0]["multiplier"] == 1.0) == (method == "mend")
+    assert [line["step"] for line in curve] == [0, 2, 4]
+    assert (curve[1]["multiplier"] == 1.0) == (method == "mend")
     assert same(state_of(model), before)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(
@@ -165,7 +165,7 @@ def test_training_helps_on_held_out_lessons(model, tmp_path, method):
 
 
 def test_the_network_that_was_best_on_held_out_lessons_is_kept(model, tmp_path, monkeypatch):
-    found = iter([3.0, 1.0, 2.0])
+    found = iter([4.0, 3.0, 1.0, 2.0])  # The first is the untrained network's.
     monkeypatch.setattr(
         "factlens.editors.training.measure", lambda *given: {"edit": next(found), "kl": 0.5}
     )

@@ -46,15 +46,7 @@ def _editing(results: Results) -> list[Section]:
         ),
         *_beyond(results.counterfact),
     ]
-    if results.zsre is not None:
-        made += _tables(table_1(results.zsre))
-    else:
-        made.append(
-            Section(
-                "zsRE (Table 1)",
-                "The bundled model has no questions in its text, and no file of records was given: not testable here.",
-            )
-        )
+    made += _tables(table_1(results.zsre))
     made.append(
         Section(
             "What the records are made of (Table 3)",

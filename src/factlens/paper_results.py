@@ -57,10 +57,9 @@ class Results:
         return rows.merge(written[[*keys, *OF_TEXTS]], on=keys, how="left")
 
     @cached_property
-    def zsre(self) -> pd.DataFrame | None:
-        """The rows of all editors on zsRE (Table 1); None where there were no such records."""
-        path = self.folder / ZSRE / RECORDS
-        return pd.read_parquet(path) if path.exists() else None
+    def zsre(self) -> pd.DataFrame:
+        """The rows of all editors on zsRE (Table 1)."""
+        return pd.read_parquet(self._there(f"{ZSRE}/{RECORDS}"))
 
     @cached_property
     def swept(self) -> pd.DataFrame:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from factlens.editors import Editor
+    from factlens.editors.checkpoints import Method
     from factlens.executors import Executor
     from factlens.models import Model
 
@@ -38,6 +39,8 @@ EDITORS = {
     "ke-zsre": "editors.ke.ke_zsre",
 }
 """The editors by name, and where each is."""
+TRAINABLE = ("mend", "ke")
+"""Editors whose networks are trained first; a suffix of their names says on what."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 WITHOUT_LAYER = ("kn",)
@@ -49,6 +52,20 @@ def editor_named(name: str) -> Editor:
     home, function = EDITORS[name].rsplit(".", 1)
     found: Editor = getattr(import_module(f"factlens.{home}"), function)
     return found
+
+
+def method_named(name: str) -> Method:
+    """The way of training an editor of `TRAINABLE`.
+
+    Raises:
+        PlanError: it is none of them.
+    """
+    from factlens.editors.ke import KE
+    from factlens.editors.mend import MEND
+
+    if name not in TRAINABLE:
+        raise usage(f"no editor {name!r} to train; there are {', '.join(TRAINABLE)}")
+    return {"mend": MEND, "ke": KE}[name]
 
 
 def usage(message: str) -> Exception:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from factlens.commands.options import Device, ModelName, Precision
-from factlens.commands.shared import check_writable, clear_errors, load, tell_left_out, usage
+from factlens.commands.shared import (
+    check_writable,
+    clear_errors,
+    load,
+    method_named,
+    tell_left_out,
+    usage,
+)
 from factlens.terminal import console, print_table, progress
 
 if TYPE_CHECKING:
@@ -19,7 +26,6 @@ if TYPE_CHECKING:
     from factlens.editors.training_config import TrainingConfig
     from factlens.models import Model
 
-METHODS = ("mend", "ke")
 SHOWN = ("step", "train_edit", "train_kl", "edit", "paraphrase", "kl", "efficacy", "generalisation")
 
 
@@ -78,7 +84,7 @@ def train_editor(
     from factlens.data_folder import file_of
 
     with clear_errors():
-        made_by, numbers = _method(method), _numbers(config, steps, seed)
+        made_by, numbers = method_named(method), _numbers(config, steps, seed)
         _check_data(data, records)
         records = file_of(records, "zsre" if data == "zsre" else "counterfact")
         plan = _config(made_by, numbers)
@@ -90,15 +96,6 @@ def train_editor(
         with clear_errors(kept=folder):
             trained = _trained(hooked, made_by, data, corpus, records, folder, plan)
         _show(trained, folder, data)
-
-
-def _method(name: str) -> Method:
-    from factlens.editors.ke import KE
-    from factlens.editors.mend import MEND
-
-    if name not in METHODS:
-        raise usage(f"no editor {name!r} to train; there are {', '.join(METHODS)}")
-    return {"mend": MEND, "ke": KE}[name]
 
 
 def _check_data(data: str, records: Path | None) -> None:
@@ -196,9 +193,9 @@ def _show(trained: Trained, folder: Path, data: str) -> None:
 
     lines = [json.loads(line) for line in (folder / CURVE).read_text("utf-8").splitlines()]
     every = max(1, len(lines) // 10)
-    shown = [*lines[::-1][::every][::-1]]
-    names = tuple(name for name in SHOWN if name in lines[0])
-    print_table(names, [tuple(line[name] for name in names) for line in shown])
+    shown = [lines[0], *lines[:0:-1][::every][::-1]]
+    names = tuple(name for name in SHOWN if name in lines[-1])
+    print_table(names, [tuple(line.get(name, float("nan")) for name in names) for line in shown])
     best = trained.info["held_out"]
     console().print(
         f"kept: the network of step {best['step']:g}; edit and KL in nats per token",  # type: ignore[index]

@@ -48,13 +48,24 @@ def each(
     """One independent `Edit` for each rewrite: side by side where the editor can, else one by one.
 
     Raises:
-        EditError: another number of edits came back, or whatever the editor refuses.
+        EditError: another number of edits came back, something else than edits, or whatever the editor refuses.
     """
     if editor not in EACH:
-        return [editor(model, rewrite, config) for rewrite in rewrites]
-    edits = list(EACH[editor](model, rewrites, config))
+        return [made(editor(model, rewrite, config)) for rewrite in rewrites]
+    edits = [made(edit) for edit in EACH[editor](model, rewrites, config)]
     if len(edits) != len(rewrites):
         raise EditError(
             f"{len(rewrites)} rewrites gave {len(edits)} edits; each needs one of its own"
         )
     return edits
+
+
+def made(edit: object) -> Edit:
+    """What an editor gave, if it is an edit: without this nothing at all would be measured as if it were one.
+
+    Raises:
+        EditError: it is something else.
+    """
+    if not isinstance(edit, Edit):
+        raise EditError(f"the editor gave {type(edit).__name__}, and no Edit")
+    return edit

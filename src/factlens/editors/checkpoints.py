@@ -31,6 +31,7 @@ from factlens.editors.hypernetworks import (
 )
 from factlens.editors.questions import Question, bare_questions
 from factlens.editors.realising import compare, logprob, say_what_happened
+from factlens.editors.spaces import Range, Space
 from factlens.editors.training_config import TrainingConfig
 from factlens.edits import Edit
 from factlens.engines.problems import Progress, is_out_of_memory, no_progress
@@ -51,6 +52,8 @@ TOGETHER = 16
 """Edits whose gradients are taken in one batch."""
 WIDE = ("steps",)
 """Parameters that are stored in float32 like all statistics; the others in float16."""
+SPACE = Space({"scale": Range(0.05, 5.0)}, layers=False)
+"""What is chosen on a model: from a twentieth of the proposed change to five times it."""
 _KEY = "factlens"
 
 
@@ -180,12 +183,17 @@ def trained_for(model: Model, method: Method, data: str) -> Trained:
     Raises:
         EditorError: there is none for this model, and the message says which command makes one; or it is damaged.
     """
-    name = f"{label_of(method, data)}.safetensors"
-    for path in (own_folder(model, method, data) / name, packaged(method, data)):
+    own, shipped = (
+        own_folder(model, method, data) / f"{label_of(method, data)}.safetensors",
+        packaged(method, data),
+    )
+    for path in (own, shipped):
         if path.is_file():
             found = load(path, method)
-            check_belongs(model, found, data)
-            return found
+            # What ships is of the bundled model, and says nothing of others.
+            if path == own or found.info.get("model") == models.model_name(model):
+                check_belongs(model, found, data)
+                return found
     raise EditorError(
         f"there is no trained {label_of(method, data)}; {_remedy(model, method, data)}"
     )
@@ -217,12 +225,24 @@ def _remedy(model: Model, method: Method, data: str) -> str:
 # -- edits -----------------------------------------------------------------------------------------
 
 
+_check_scale = configs.number("a trained editor", 0.0, above=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileConfig:
-    """What a trained editor can be told."""
+    """What a trained editor can be told.
+
+    Raises:
+        ConfigError: a scale that cannot be.
+    """
 
     checkpoint: str | None = None
     """Another file than the model's own."""
+    scale: float = 1.0
+    """How many times the change that the network proposes is made."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", _check_scale("scale", self.scale))
 
 
 Config = Trained | FileConfig | Mapping[str, object] | None
@@ -253,8 +273,9 @@ def editor_of(method: Method, data: str) -> Editor:
     make.__name__ = label
     make.__doc__ = (
         f"Make the model say another object for a subject, by {label}: {method.name.upper()} trained on {DATA[data]}.\n\n"
-        "Several rewrites go into one edit, the sum of what each is alone. `config` may be a `Trained`, or name another file by\n"
-        "its `checkpoint`. The weights are left as they were. Raises what `checkpoints.edit_with` raises."
+        "Several rewrites go into one edit, the sum of what each is alone. `config` may be a `Trained`, or change the model's own\n"
+        "numbers: a `scale` of the change, another file as `checkpoint`. The weights are left as they were. Raises what\n"
+        "`checkpoints.edit_with` raises."
     )
     own: EachEditor = each
     register_each(make, own)
@@ -280,34 +301,61 @@ def edit_with(
         SubjectNotFound, PromptTooLong: of a rewrite.
         OutOfMemory: what the gradients take.
     """
-    trained = _trained(model, method, data, given)
+    trained, scale = _trained(model, method, data, given)
     maps = edited_maps(model)
     edits.weights_of(model, [each.weight for each in maps])
     asked = [bare_questions(model, rewrites) for rewrites in groups]
     flat = [each for questions in asked for each in questions]
     made: list[dict[str, Pairs]] = []
     for start in range(0, len(flat), TOGETHER):
-        made += _that_fit(model, maps, trained, flat[start : start + TOGETHER])
+        changes = _that_fit(model, maps, trained, flat[start : start + TOGETHER])
+        made += [{name: _scaled(pairs, scale) for name, pairs in each.items()} for each in changes]
         progress(len(made), len(flat))
     parts = iter(made)
     return [
-        _edit(model, trained, maps, questions, _joined([next(parts) for _ in questions]))
+        _edit(model, trained, scale, maps, questions, _joined([next(parts) for _ in questions]))
         for questions in asked
     ]
 
 
-def _trained(model: Model, method: Method, data: str, given: Config) -> Trained:
-    """The network that was asked for, in the type that the model's gradients have."""
-    if isinstance(given, Mapping):
-        given = configs.from_mapping(FileConfig, given, f"{label_of(method, data)}'s config")
+def file_config_for(
+    model: Model, label: str, given: FileConfig | Mapping[str, object] | None, chosen: bool = True
+) -> FileConfig:
+    """What a trained editor, by its label, is told for `model`: the scale of its config (`configs/*.yaml`), where a mapping does not change it.
+
+    A scale that was `chosen` on the model may be left out (`spaces`).
+
+    Raises:
+        ConfigError: a number that cannot be, or an unknown key.
+    """
+    if isinstance(given, FileConfig):
+        return given
+    config = models.config_of(model)
+    own: dict[str, object] = {}
+    if config is not None and (chosen or not config.is_chosen("trained_editors")):
+        own |= config.trained_editors.get(label, {})
+    named = {**own, **(given or {})}
+    if "scale" in named:  # Converted first: YAML has `2` and `5e-1` for numbers.
+        named["scale"] = _check_scale("scale", named["scale"])
+    return configs.from_mapping(FileConfig, named, f"{label}'s config")
+
+
+def _trained(model: Model, method: Method, data: str, given: Config) -> tuple[Trained, float]:
+    """The network that was asked for, in the type that the model's gradients have, and the scale of its changes.
+
+    A network that is given itself says all there is: its changes are made as they are.
+    """
     if isinstance(given, Trained) and given.method.name == method.name:
-        found = given
+        found, scale = given, 1.0
         check_belongs(model, found)
-    elif given is None or (isinstance(given, FileConfig) and given.checkpoint is None):
-        found = trained_for(model, method, data)
-    elif isinstance(given, FileConfig):
-        found = load(Path(str(given.checkpoint)), method)
-        check_belongs(model, found)
+    elif given is None or isinstance(given, FileConfig | Mapping):
+        told = file_config_for(model, label_of(method, data), given)
+        scale = told.scale
+        if told.checkpoint is None:
+            found = trained_for(model, method, data)
+        else:
+            found = load(Path(told.checkpoint), method)
+            check_belongs(model, found)
     else:
         raise ConfigError(
             f"{label_of(method, data)} takes a mapping with a checkpoint or a trained {method.name}, not {given!r:.60}"
@@ -319,7 +367,7 @@ def _trained(model: Model, method: Method, data: str, given: Config) -> Trained:
             f"this {method.name} edits {', '.join(network.shapes)}, which are not the weights of "
             f"{models.model_name(model)} that it would edit; train it again"
         )
-    return replace(found, network=network.eval())
+    return replace(found, network=network.eval()), scale
 
 
 def _that_fit(
@@ -342,6 +390,11 @@ def _that_fit(
         {name: _one(pairs, number) for name, pairs in changes.items()}
         for number in range(len(questions))
     ]
+
+
+def _scaled(pairs: Pairs, scale: float) -> Pairs:
+    """So many times the change."""
+    return replace(pairs, right=scale * pairs.right)
 
 
 def _one(pairs: Pairs, number: int) -> Pairs:
@@ -370,12 +423,18 @@ def _joined(parts: Sequence[dict[str, Pairs]]) -> dict[str, Pairs]:
 def _edit(
     model: Model,
     trained: Trained,
+    scale: float,
     maps: Sequence[LinearMap],
     questions: Sequence[Question],
     changes: Mapping[str, Pairs],
 ) -> Edit:
     """The edit with its provenance, once it is seen to do what was found."""
-    about = {**asdict(trained.config), "data": trained.info.get("data"), "trained": trained.info}
+    about = {
+        **asdict(trained.config),
+        "data": trained.info.get("data"),
+        "scale": scale,
+        "trained": trained.info,
+    }
     label = label_of(trained.method, str(trained.info.get("data")))
     info = edits.info_for(model, label, about, [each.rewrite for each in questions])
     factors = {

@@ -15,7 +15,7 @@ from typing import Any
 
 from factlens import models
 from factlens.benchmarks import atlas_counterfact, atlas_zsre, counterfact, zsre
-from factlens.benchmarks.draws import digest, is_tuned
+from factlens.benchmarks.draws import digest, is_held, is_tuned
 from factlens.corpora import Corpus
 from factlens.errors import FactFileError
 from factlens.facts import Rewrite
@@ -31,8 +31,6 @@ SHORTEST = 8
 """Words of a passage, and tokens of an unrelated text, at least."""
 Told = Callable[[str], None] | None
 """Who is told of a row of a file that cannot be used."""
-HELD = 8
-"""One subject of so many is for measuring while training, the others for training."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,8 @@ def lessons(
 
 
 def _is_held(lesson: Lesson) -> bool:
-    about = lesson.rewrite.subject.casefold() or lesson.rewrite.prompt
-    return int(digest("held lesson", about)[:8], 16) % HELD == 0
+    """Whether it is for measuring while training, by its subject, or its passage."""
+    return is_held(lesson.rewrite.subject.casefold() or lesson.rewrite.prompt)
 
 
 # -- records ---------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def train(
     """Train, or go on with the training whose state stands in `folder`; gives the network that was best on held-out lessons.
 
     That is the one of the lowest `edit_weight` x edit loss + KL there. It is written to `folder` whenever it changes, beside the state and
-    the curve, `curve.jsonl` with one measurement a line. The model is left as it was.
+    the curve, `curve.jsonl` with one measurement a line, the first of the untrained network. The model is left as it was.
 
     Args:
         model: a hooked model without edits.
@@ -237,6 +237,9 @@ def train(
     started = time.monotonic() - run.seconds
     progress(run.step, config.steps)
     losses: list[dict[str, float]] = []
+    if not run.curve:  # What the untrained network does.
+        _check(model, maps, run, drills, losses)
+        on_check(run.curve[-1])
     while run.step < config.steps:
         losses.append(_take_step(model, maps, run, given))
         progress(run.step, config.steps)
@@ -317,7 +320,10 @@ def _check(
     said = [held[name] for name in ("edit", "paraphrase") if name in held]
     # Without KE's multiplier, which changes from one measurement to the next.
     loss = run.config.edit_weight * sum(said) / len(said) + held["kl"]
-    means = {name: sum(each[name] for each in losses) / len(losses) for name in losses[0]}
+    means = {
+        name: sum(each[name] for each in losses) / len(losses)
+        for name in (losses[0] if losses else ())
+    }
     run.curve.append(
         {"step": run.step, **means, "multiplier": run.multiplier, "loss": loss, **held}
     )
