@@ -11,6 +11,7 @@ from pathlib import Path
 import average_runs
 import pandas as pd
 import pytest
+import tuning_rows
 from typer.testing import CliRunner
 
 from factlens import atlas_blocks, atlas_release
@@ -78,9 +79,16 @@ def folder(atlas, tmp_path_factory):
             ("rome", rome, QUICKLY),
         )
     ]
-    for name in ("edits", "layers", "clamps"):
+    for name in ("edits", "layers", "clamps", "tuning"):
         (made / name).mkdir()
     (made / "edits/step.json").write_text('{"command": "evaluate --n 3", "seconds": 90}')
+    (made / "tuning/step.json").write_text('{"command": "tune --n 3", "seconds": 90}')
+    chosen = [
+        tuning_rows.table("ft", [{"S": 50.0}, {"S": 60.0, "layer": 3, "learning_rate": 5e-05}]),
+        tuning_rows.table("kn", [{"S": 20.0}, {"S": 10.0}]),
+        tuning_rows.table("rome", [{"S": 80.0}, {"S": 90.0, "layer": 1, "max_norm_ratio": 2.33}]),
+    ]
+    pd.concat(chosen).to_csv(made / "tuning/tuning.csv", index=False)
     table(pd.concat(frames)).to_csv(made / "edits/table.csv", index=False)
     grid = {"layer": [0, 1], "max_norm_ratio": [1.5]}
     swept = sweep(atlas, rome, records.tune[:2], grid, config=QUICKLY)
@@ -88,6 +96,9 @@ def folder(atlas, tmp_path_factory):
         swept.to_csv(made / name / "sweep.csv", index=False)
     atlas_release._count_records(made / "records.csv")
     shutil.copy(CHECKPOINT / "report.json", made)
+    ends = {f"{name}{end}": 0.1 for name in ("state", "beyond") for end in ("", "_low", "_high")}
+    kinds = pd.DataFrame([{"group": "people", "facts": 3, "layer": 2, **ends}])
+    kinds.to_csv(made / "kinds.csv", index=False)
     return made
 
 
@@ -104,6 +115,8 @@ def checkout(monkeypatch, tmp_path):
     for name in (*atlas_release.DOCUMENTS, *atlas_release.FIGURES, *written):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
+    config = root / atlas_release.CONFIG  # Of editors that are not tuned here it has no numbers.
+    config.write_text(config.read_text("utf-8").partition("fine_tuning:")[0], "utf-8")
     monkeypatch.setattr(atlas_release, "ROOT", root)
     return root
 
@@ -154,7 +167,18 @@ def test_the_edits_block_says_what_the_table_says(measured):
     assert "(`factlens evaluate --n 3`, 1.5 minutes" in lines[0]
 
 
-def test_the_setting_that_is_taken_stands_in_bold(measured):
+def test_the_tuning_block_says_what_was_taken_and_what_it_gained(measured):
+    first, _, _, _, *lines = atlas_blocks.tuning(measured).split("\n")
+    assert "(`factlens tune --n 3`, 1.5 minutes" in first
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [(row[0], row[1], row[2], row[-1]) for row in cells] == [
+        ("FT", "layer 3, learning_rate 5e-05", "60.0 ±2.0", "50.0 ±2.0"),
+        ("KN", "the default", "20.0 ±2.0", "20.0 ±2.0"),
+        ("ROME", "layer 1, max_norm_ratio 2.33", "90.0 ±2.0", "80.0 ±2.0"),
+    ]
+
+
+def test_the_best_setting_of_a_sweep_stands_in_bold(measured):
     layer, clamp = atlas_release.chosen(measured.folder / "layers")
     lines = atlas_blocks.layers(measured).split("\n")
     assert [line for line in lines if "**" in line] == [
@@ -201,24 +225,27 @@ def ran(monkeypatch):
         out.mkdir(parents=True, exist_ok=True)
         rows = [{"layer": 1, "max_norm_ratio": 3.0, "S": 90.0, "retention": 50.0}]
         rows.append({"layer": 0, "max_norm_ratio": 1.5, "S": 80.0, "retention": 60.0})
-        name = "sweep.csv" if said[0] == "sweep" else "table.csv"
+        if said[0] == "tune":
+            rows[0] |= {"editor": "rome", "taken": False}
+            rows[1] |= {"editor": "rome", "taken": True}
+        name = {"sweep": "sweep.csv", "tune": "tuning.csv"}.get(said[0], "table.csv")
         pd.DataFrame(rows * 2).to_csv(out / name, index=False)
 
     monkeypatch.setattr(atlas_release, "run_command", run)
     for name in ("_count_records", "_report"):
         monkeypatch.setattr(atlas_release, name, lambda to: to.write_text("\n"))
+    monkeypatch.setattr(atlas_release, "_kinds", lambda to, averaged: to.write_text("\n"))
     return commands
 
 
-def test_measuring_takes_the_best_layer_and_clamp_on_and_changes_nothing_else(
-    ran, checkout, tmp_path
-):
+def test_measuring_takes_what_was_chosen_on_and_changes_nothing_else(ran, checkout, tmp_path):
     before = contents(checkout)
     assert invoke("measure", "--quick", "--out", tmp_path / "out").exit_code == 0
-    layers, clamps, edits, averaged = ran
+    tuning, layers, clamps, edits, averaged = ran
+    assert tuning[:3] == ["tune", "--n", "1"]
     assert "--layer" not in layers
     assert clamps[:3] == ["sweep", "--layer", "1"]
-    assert edits[:7] == ["evaluate", "--n", "4", "--layer", "1", "--clamp", "3"]
+    assert edits[:7] == ["evaluate", "--n", "4", "--layer", "0", "--clamp", "1.5"]
     assert averaged[:3] == ["average", "--n", "20"]
     assert contents(checkout) == before
 
@@ -238,8 +265,8 @@ def test_a_look_is_not_taken_for_the_whole(ran, tmp_path):
     invoke("measure", "--quick", "--out", tmp_path)
     done = invoke("measure", "--out", tmp_path)
     assert done.exit_code == 2
-    assert "measurements of another layers, clamps, edits, average" in done.stderr
-    assert len(ran) == 4
+    assert "measurements of another tuning, layers, clamps, edits, average" in done.stderr
+    assert len(ran) == 5
 
 
 def test_measurements_of_another_checkpoint_are_refused(folder, checkout, tmp_path):
@@ -270,9 +297,13 @@ def no_images(monkeypatch):
 def test_everything_is_written(folder, checkout, no_images):
     done = invoke("write", "--out", folder)
     assert done.exit_code == 0, done.output
-    layer, clamp = atlas_release.chosen(folder / "clamps")
     config = (checkout / atlas_release.CONFIG).read_text("utf-8")
-    assert f"rome: {{layer: {layer}, max_norm_ratio: {clamp:g}, value_key: spellings}}" in config
+    assert "rome: {layer: 1, max_norm_ratio: 2.33, value_key: spellings}\n" in config
+    assert "\n  ft: {layer: 3, learning_rate: 0.00005}\n" in config
+    assert "\nknowledge_neurons: {threshold: 0.2, erase: 2, write: 1}\n" in config
+    assert "\nrome_source: chosen by factlens tune, " in config
+    table = (checkout / atlas_release.TUNING).read_bytes()
+    assert table == (folder / atlas_release.TUNED).read_bytes()
     readme = (checkout / "README.md").read_text("utf-8")
     assert "(`factlens evaluate --n 3`, 1.5 minutes" in readme
     outside = [BLOCK.sub("", text) for text in (readme, (ROOT / "README.md").read_text("utf-8"))]
@@ -291,7 +322,15 @@ def test_a_write_that_fails_leaves_everything_as_it_was(folder, checkout, monkey
 
 
 @pytest.mark.parametrize(
-    "missing", ["plan.json", "edits/table.csv", "clamps/sweep.csv", "report.json", "average"]
+    "missing",
+    [
+        "plan.json",
+        "tuning/tuning.csv",
+        "edits/table.csv",
+        "clamps/sweep.csv",
+        "report.json",
+        "average",
+    ],
 )
 def test_what_was_not_measured_is_not_written(folder, checkout, tmp_path, missing):
     part = tmp_path / "part"
@@ -302,12 +341,6 @@ def test_what_was_not_measured_is_not_written(folder, checkout, tmp_path, missin
     assert done.exit_code == 2
     assert len(done.stderr.strip().split("\n")) == 1
     assert contents(checkout) == before
-
-
-def test_a_config_without_the_setting_is_refused(checkout):
-    (checkout / atlas_release.CONFIG).write_text("rome: {}\n", encoding="utf-8")
-    with pytest.raises(OutputError, match="has 0 lines of the form"):
-        atlas_release._configured(3, 2.25)
 
 
 # -- tables ----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from factlens.studies import NOISE_RULES
 from factlens.summaries import Summary
 from factlens.sweeps import best
 from factlens.terminal import as_markdown
+from factlens.tunings import in_words, summary
 
 BEGINNING, END = "<!-- atlas: ", "<!-- end -->"
 BLOCK = re.compile(rf"({BEGINNING}(?P<name>\S+) -->\n)(?P<text>.*?)({END})", re.DOTALL)
@@ -87,7 +88,7 @@ def average(measured: Measured) -> str:
     return (
         f"On atlas: {len(run.main)} facts, of {known} known and {len(run.knowledge)} asked; clean p {total['clean']:.3f}, corrupted "
         f"{total['corrupted']:.3f}, ATE {total['ate']:.3f} ({total['low']:.3f} to {total['high']:.3f}); "
-        f"{run.seconds:.0f} s of wall-clock on two cores (`make average`)."
+        f"{run.seconds:.0f} s of wall-clock (`make average`)."
     )
 
 
@@ -180,7 +181,10 @@ def peaks(measured: Measured) -> str:
     found = found[found["site"] != "after"].rename(columns={"variant": "study"})
     table = found[["study", "metric", "kind", "window", "site"]].assign(
         peak=found["role"].astype(str) + ", layer " + found["layer"].astype(str),
-        AIE=[f"{r.aie:.3f} ({r.low:.3f} to {r.high:.3f})" for r in found.itertuples()],
+        AIE=[
+            f"{r.aie:.3f}" + (f" ({r.low:.3f} to {r.high:.3f})" if r.low == r.low else "")
+            for r in found.itertuples()  # A single fact has no interval.
+        ],
     )
     share = measured.summary.peak_share
     return (
@@ -204,8 +208,8 @@ def edits(measured: Measured) -> str:
         for _, row in found.iterrows()
     ]
     return (
-        f"Of {found['n'].max()} records of *atlas-CounterFact* (`factlens {step[COMMAND]}`, {step[SECONDS] / 60:.1f} minutes on two "
-        f"cores with the statistics; per cent, ± half of the 95 % interval):\n\n{as_markdown(pd.DataFrame(rows))}"
+        f"Of {found['n'].max()} records of *atlas-CounterFact* (`factlens {step[COMMAND]}`, {step[SECONDS] / 60:.1f} minutes with the "
+        f"statistics; per cent, ± half of the 95 % interval):\n\n{as_markdown(pd.DataFrame(rows))}"
     )
 
 
@@ -222,6 +226,25 @@ def clamps(measured: Measured) -> str:
 def layers(measured: Measured) -> str:
     """Layers and clamps, coarsely."""
     return as_markdown(_swept(measured.table("layers/sweep.csv"), "layer", "max_norm_ratio"))
+
+
+def tuning(measured: Measured) -> str:
+    """What was chosen for each editor, of how many settings, and what that gained."""
+    found, step = measured.table("tuning/tuning.csv"), measured.step("tuning")
+    rows = [
+        {
+            "": NAMES[taken["editor"]],
+            "taken": "the default" if taken["setting"] == 0 else in_words(taken),
+            "S": _score(taken, "S"),
+            **{name: _score(taken, name) for name in SCORES},
+            "S by default": _score(default, "S"),
+        }
+        for taken, default in summary(found)
+    ]
+    return (
+        f"{found['how'].iloc[0]} (`factlens {step[COMMAND]}`, {step[SECONDS] / 60:.1f} minutes; per cent, ± half of "
+        f"the 95 % interval; all settings are in [editor-tuning.csv](editor-tuning.csv)):\n\n{as_markdown(pd.DataFrame(rows))}"
+    )
 
 
 def _swept(found: pd.DataFrame, *settings: str) -> pd.DataFrame:
@@ -246,6 +269,28 @@ def known(measured: Measured) -> str:
         for name, split in (("training", "train"), ("held-out", "held"), ("fresh", "fresh"))
     ]
     return as_markdown(pd.DataFrame(rows, columns=["templates", "statements", "known"]))
+
+
+def kinds(measured: Measured) -> str:
+    """The early site by kind of subject."""
+    found = measured.table("kinds.csv")
+    return as_markdown(
+        pd.DataFrame(
+            {
+                "facts about": found["group"],
+                "facts": found["facts"],
+                "strongest state": [
+                    f"{r.state:.3f} ({r.state_low:.3f} to {r.state_high:.3f})"
+                    for r in found.itertuples()
+                ],
+                "beyond its embedding": [
+                    f"{r.beyond:+.3f} ({r.beyond_low:+.3f} to {r.beyond_high:+.3f})"
+                    for r in found.itertuples()
+                ],
+                "at layer": found["layer"],
+            }
+        )
+    )
 
 
 def _score(row: pd.Series, name: str) -> str:
@@ -274,9 +319,25 @@ BLOCKS: Mapping[str, Callable[[Measured], str]] = {
     "records": records,
     "clamps": clamps,
     "layers": layers,
+    "tuning": tuning,
     "known": known,
+    "kinds": kinds,
 }
 """Every block that a document may have."""
+OF_CARD = {
+    "A thousand facts": average,
+    "The claims of the paper's Section 2": claims,
+    "The early site by kind of subject": kinds,
+    "Edits": edits,
+    "Edits by layer and clamp, on records that are for choosing": layers,
+    "Clamps at the best layer, on more of them": clamps,
+}
+"""Blocks of the card, by their headings there."""
+
+
+def of_card(measured: Measured) -> dict[str, str]:
+    """The blocks of the card, as its report keeps them."""
+    return {heading: write(measured) for heading, write in OF_CARD.items()}
 
 
 def with_blocks(document: Path, measured: Measured) -> str:

@@ -1,14 +1,13 @@
 """`python -m factlens.atlas_release`: measure anew what depends on the bundled checkpoint, and write it into the documents.
 
-python -m factlens.atlas_release measure     # layer and clamp, edits, a thousand facts; goes on where it was stopped
-python -m factlens.atlas_release write       # configs/atlas.yaml, the blocks of the README and of docs/, two figures
+python -m factlens.atlas_release measure     # editors' numbers, edits, a thousand facts; goes on where it was stopped
+python -m factlens.atlas_release write       # configs/atlas.yaml, the blocks of the README and of docs/, a table, two figures
 
 `measure` changes nothing but its own folder, and `write` nothing unless everything is there. What documents say outside of their blocks is for
 whoever reads them.
 """
 
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from factlens.atlas_blocks import COMMAND, SECONDS, Measured, read_table, with_blocks
+from factlens.atlas_blocks import COMMAND, SECONDS, Measured, of_card, read_table, with_blocks
 from factlens.commands.shared import check_writable, clear_errors, keep_plan, run_command
-from factlens.errors import OutputError, RunError
+from factlens.errors import RunError
 from factlens.files import written_whole
 from factlens.store import locked
 from factlens.terminal import console
@@ -38,17 +37,16 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "docs/average-effects.md", "docs/editing.md", "docs/atlas.md")
 CONFIG = "configs/atlas.yaml"
 REPORT, CARD = (f"src/factlens/atlas/checkpoint/{name}" for name in ("report.json", "card.md"))
+TUNING = "docs/editor-tuning.csv"
 FIGURES = ("docs/figures/figure-2.png", "docs/figures/figure-3.png")
-CLAMPS_OF_LAYERS = (1.5, 3.0)
+CLAMPS_OF_LAYERS = (1.0, 3.0)
 """Tried at every layer, on few records."""
-CLAMPS = (1.0, 1.25, 1.5, 1.75, 2.0, 3.0)
+CLAMPS = (0.75, 1.0, 1.25, 1.5, 2.0)
 """Tried at the best layer, on many."""
-NUMBERS = {"layers": 48, "clamps": 300, "edits": 200, "average": 1000}
+NUMBERS = {"tuning": 32, "layers": 16, "clamps": 64, "edits": 200, "average": 1000}
 """Records or facts of each step."""
-QUICK = {"layers": 2, "clamps": 4, "edits": 4, "average": 20}
-PLAN = "plan.json"
-CHOSEN = re.compile(r"^(rome: \{)layer: \d+, max_norm_ratio: [\d.]+", re.MULTILINE)
-"""The setting in the configuration that a sweep decides."""
+QUICK = {"tuning": 1, "layers": 2, "clamps": 4, "edits": 4, "average": 20}
+PLAN, TUNED = "plan.json", "tuning/tuning.csv"
 
 
 @app.command()
@@ -62,15 +60,17 @@ def measure(
         check_writable(out)
         with locked(out):
             _begin(out, numbers)
+            _step(out, TUNED, ["tune", "--n", numbers["tuning"]])
             _step(out, "layers/sweep.csv", _sweeping((), CLAMPS_OF_LAYERS, numbers["layers"]))
             layer, _ = chosen(out / "layers")
             _step(out, "clamps/sweep.csv", _sweeping((layer,), CLAMPS, numbers["clamps"]))
-            layer, clamp = chosen(out / "clamps")
+            layer, clamp = tuned(out)
             where = ["--layer", layer, "--clamp", f"{clamp:g}"]
             _step(out, "edits/table.csv", ["evaluate", "--n", numbers["edits"], *where], rows=3)
             _count_records(out / "records.csv")
             _report(out / "report.json")
             run_command(["average", "--n", numbers["average"], "--out", out / "average"])
+            _kinds(out / "kinds.csv", out / "average")
         console().print(str(out), markup=False, soft_wrap=True)
 
 
@@ -81,14 +81,16 @@ def write(out: Out = OUT) -> None:
     from factlens.atlas.card import card
     from factlens.atlas.measuring import as_text
     from factlens.images import save
+    from factlens.tunings import with_choices
 
     with clear_errors(), TemporaryDirectory() as folder:
         _check_checkpoint(out)
         measured = Measured(out)
         texts = {name: with_blocks(ROOT / name, measured) for name in DOCUMENTS}
-        texts[CONFIG] = _configured(*chosen(out / "clamps"))
-        texts[REPORT] = as_text(measured.report)
-        texts[CARD] = card(measured.report)
+        texts[CONFIG] = with_choices(ROOT / CONFIG, read_table(out / TUNED), _depth())
+        texts[TUNING] = (out / TUNED).read_text(encoding="utf-8")
+        found = {**measured.report, "release": of_card(measured)}
+        texts[REPORT], texts[CARD] = as_text(found), card(found)
         summary = measured.summary
         drawn = plots.heatmap(summary.aie), plots.severed(summary.severed, gaps=summary.gaps)
         images = [save(each, Path(folder) / f"{i}.png") for i, each in enumerate(drawn)]
@@ -181,6 +183,18 @@ def _count_records(to: Path) -> None:
         pd.DataFrame(rows).to_csv(partial, index=False)
 
 
+def _kinds(to: Path, averaged: Path) -> None:
+    """The early site of the averaged facts by kind of subject, and of those that the last token settles and leaves open."""
+    from factlens.atlas.recipes import Recipe
+    from factlens.atlas_measures import by_kind, groups
+    from factlens.averages import read_run
+    from factlens.models import load_model
+
+    found = by_kind(read_run(averaged).main, groups(load_model(), Recipe()))
+    with written_whole(to) as partial:
+        found.to_csv(partial, index=False)
+
+
 def _report(to: Path) -> None:
     """The checkpoint's report with what it knows and writes measured anew; its recipe and run stay."""
     from factlens.atlas import CHECKPOINT
@@ -197,27 +211,28 @@ def _report(to: Path) -> None:
 
 
 def chosen(folder: Path) -> tuple[int, float]:
-    """The layer and the clamp that a sweep decides for (`sweeps.best`)."""
+    """The layer and the clamp that are best in a sweep (`sweeps.best`)."""
     from factlens.sweeps import best
 
-    row = best(read_table(folder / "sweep.csv"))
+    return _layer_and_clamp(best(read_table(folder / "sweep.csv")))
+
+
+def tuned(out: Path) -> tuple[int, float]:
+    """ROME's layer and clamp as they were chosen, in the same way as every editor's numbers."""
+    found = read_table(out / TUNED)
+    return _layer_and_clamp(found[(found["editor"] == "rome") & found["taken"]].iloc[0])
+
+
+def _layer_and_clamp(row: pd.Series) -> tuple[int, float]:
     return int(row["layer"]), float(row["max_norm_ratio"])
 
 
-def _configured(layer: int, clamp: float) -> str:
-    """The configuration of atlas with this layer and clamp.
+def _depth() -> int:
+    """How many layers the checkpoint has."""
+    from factlens.atlas import CHECKPOINT
 
-    Raises:
-        OutputError: it has no such setting, or several.
-    """
-    path = ROOT / CONFIG
-    setting = rf"\g<1>layer: {layer}, max_norm_ratio: {clamp:g}"
-    text, count = CHOSEN.subn(setting, path.read_text(encoding="utf-8"))
-    if count != 1:
-        raise OutputError(
-            f"{path} has {count} lines of the form `rome: {{layer: 0, max_norm_ratio: 1.5, ...`; it must have one"
-        )
-    return text
+    found = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    return int(found["n_layer"])
 
 
 if __name__ == "__main__":
