@@ -160,6 +160,7 @@ def test_ray_workers_give_the_same_rows_though_one_is_killed(whole, tmp_path):
     assert_same_rows(read_run(tmp_path / "run"), whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_in_one_line_and_keeps_what_is_done(
     atlas, whole, tmp_path, monkeypatch
 ):
@@ -296,6 +297,7 @@ def test_more_workers_than_there_is_room_for_are_refused_not_waited_for(monkeypa
 # -- files that were touched ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parts_of_other_facts_and_damaged_frames_are_not_trusted(atlas, whole, tmp_path):
     out = tmp_path / "run"
     average_runs.run(InProcess(atlas), out)

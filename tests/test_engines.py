@@ -162,7 +162,7 @@ def test_a_multi_token_answer_is_read_at_several_positions(family_model):
     assert_engines_agree(model, replace(problem, tokens=tokens, readout=Readout(answer)))
 
 
-@pytest.mark.parametrize("budget", [1, 60_000, 10**9])
+@pytest.mark.parametrize("budget", [1, pytest.param(60_000, marks=pytest.mark.slow), 10**9])
 def test_any_cut_into_passes_gives_the_same_numbers(family_model, budget):
     model = family_model("gpt_neox")
     problem = problem_of(model)

@@ -45,7 +45,9 @@ def test_the_adapter_names_what_it_finds(family_model, family):
     assert models.model_name(model) == family
 
 
-@pytest.mark.parametrize("name", ["gpt2-xl", "EleutherAI/gpt-j-6b"])
+@pytest.mark.parametrize(
+    "name", ["gpt2-xl", pytest.param("EleutherAI/gpt-j-6b", marks=pytest.mark.slow)]
+)
 def test_make_trace_goes_through_the_hub_path(name, tmp_path):
     """A model under the repo id behind the name, in a cache, offline: the user's own command, and its page."""
     config = config_for(name)
