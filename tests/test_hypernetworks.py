@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -18,7 +20,14 @@ from factlens.changes import Dense
 from factlens.cli import app
 from factlens.commands.shared import EDITORS, editor_named
 from factlens.editors import each
-from factlens.editors.checkpoints import Trained, edit_with, load, own_folder, trained_for
+from factlens.editors.checkpoints import (
+    Trained,
+    edit_with,
+    load,
+    own_folder,
+    packaged,
+    trained_for,
+)
 from factlens.editors.hypernetworks import (
     Asked,
     ask,
@@ -664,3 +673,27 @@ def test_editors_are_known_by_name_and_a_missing_one_is_said_in_one_line(family_
     assert done.exit_code == 2
     said = done.stderr.strip().splitlines()
     assert "no trained ke-cf; `factlens train-editor ke" in said[-1]
+
+
+def test_the_documents_table_of_trained_networks_is_their_curves():
+    root = Path(__file__).parents[1] / "docs"
+    lines = (root / "editor-training.jsonl").read_text("utf-8").splitlines()
+    table = (root / "editing.md").read_text("utf-8")
+    curves: dict[str, list[dict]] = {}
+    for line in map(json.loads, lines):
+        curves.setdefault(line["editor"], []).append(line)
+    assert len(curves) == 6
+    for name, curve in curves.items():
+        method, _, data = name.partition("-")
+        first, kept = curve[0], min(curve, key=lambda line: line["loss"])
+        shipped = load(packaged(METHODS[method], data or "generic"), METHODS[method])
+        assert first["step"] == 0
+        assert shipped.info["held_out"]["step"] == kept["step"]
+        assert shipped.info["held_out"]["edit"] == pytest.approx(kept["edit"], abs=1e-6)
+        label = method.upper() + {"": "", "cf": "-CF", "zsre": "-zsRE"}[data]
+        (row,) = re.findall(rf"^\| {label} \|.* → .*$", table, re.MULTILINE)
+        step, edit, efficacy, kl = (cell.strip() for cell in row.strip("|").split("|")[2:])
+        assert step.replace(" ", "") == str(kept["step"])
+        assert edit == f"{first['edit']:.2f} → {kept['edit']:.2f}"
+        assert efficacy == f"{100 * first['efficacy']:.0f} → {100 * kept['efficacy']:.0f} %"
+        assert kl == f"{first['kl']:.3f} → {kept['kl']:.3f}"

@@ -20,16 +20,14 @@ from factlens.evaluation import Others, table
 from factlens.intervals import LEVEL
 from factlens.key_statistics import gather_missing
 from factlens.measurements import Traced
-from factlens.metrics import harmonic_half_width
+from factlens.metrics import PARTS_OF_S, harmonic_half_width
 from factlens.models import Model
 from factlens.sweeps import sweep_records
 from factlens.traces import Trace
 
 TOKENS = ("subject-first", "subject-middle", "subject-last", "last")
 """Where Figure 5 looks facts up, as `fact_token` of ROME's config says it."""
-PARTS = ("ES", "PS", "NS")
-"""What S is made of."""
-SCORES = (*PARTS, "S", "retention")
+SCORES = (*PARTS_OF_S, "S", "retention")
 PLACE = ["layer", "fact_token"]
 LAST_SUBJECT = "subject-last"
 METHODS = ("pearson", "spearman")
@@ -92,7 +90,7 @@ def by_layer(swept: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (layer, token), group in swept.groupby(PLACE, sort=False):
         means = table(group.drop(columns=PLACE)).iloc[0]
-        parts = group.loc[group["reason"] == "", [*PARTS]].to_numpy(float)
+        parts = group.loc[group["reason"] == "", [*PARTS_OF_S]].to_numpy(float)
         margins = {"S_margin": 100 * harmonic_half_width(parts)}
         names = [name for score in SCORES for name in (score, f"{score}_margin")]
         values = {name: margins.get(name, means.get(name)) for name in names}
@@ -148,7 +146,7 @@ def correlation(
     records = _weights(len(scores["ES"]), "records", resamples, draws)
     aie = _means(effects[layers], _weights(len(effects), "facts", resamples, draws))
     means = {name: _means(each[layers], records) for name, each in scores.items()}
-    means["S"] = _harmonic(np.stack([means[name] for name in PARTS]))
+    means["S"] = _harmonic(np.stack([means[name] for name in PARTS_OF_S]))
     counts = {"n_layers": len(layers), "n_records": len(scores["ES"]), "n_facts": len(effects)}
     return pd.DataFrame(
         [

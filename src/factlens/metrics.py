@@ -18,6 +18,8 @@ from factlens.errors import FactError, PromptTooLong
 from factlens.models import Model
 from factlens.tokens import answer_ids, token_ids
 
+PARTS_OF_S = ("ES", "PS", "NS")
+"""Whose harmonic mean S is."""
 MODES = ("independent", "sequential", "batch")
 """Each edit alone; one after another, all of them kept; all rewrites as one edit."""
 SCORING = "mean-token-nll/teacher-forced"

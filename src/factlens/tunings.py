@@ -23,18 +23,16 @@ from factlens.errors import ConfigError, PlanError
 from factlens.evaluation import BATCH, table
 from factlens.evaluation_runs import Contestant, RunProgress, evaluate_run
 from factlens.executors import Executor, InProcess
-from factlens.metrics import harmonic_half_width
+from factlens.metrics import PARTS_OF_S, harmonic_half_width
 from factlens.models import Model
 from factlens.tunables import NUMBERS, Numbers, settings_near, settings_of, tunable
 
-SETTINGS, RECORDS = 32, 32
-"""Settings of each editor, the default among them, and records that the last of them are tried on."""
+SETTINGS = 32
+"""Of each editor, the default among them."""
 FACTOR = 4
 """One of so many settings goes on, to so many times the records."""
 TABLE = "tuning.csv"
 BENCHMARK = "atlas-CounterFact"
-PARTS = ("ES", "PS", "NS")
-"""What S is made of."""
 DIGITS = 9
 """Decimals of scores that count: rounding must not tell settings apart."""
 
@@ -229,7 +227,7 @@ def _tabulated(name: str, planned: Mapping[int, Numbers], frame: pd.DataFrame) -
     rows = []
     for number, numbers in planned.items():
         found = frame[frame["editor"] == label_of(name, number)]
-        parts = found.loc[found["reason"] == "", [*PARTS]].to_numpy(float)
+        parts = found.loc[found["reason"] == "", [*PARTS_OF_S]].to_numpy(float)
         rows.append(
             {
                 "setting": number,

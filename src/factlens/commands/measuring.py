@@ -103,9 +103,8 @@ def records_of(
     mine = [each for each in found if is_of(part, each.subject)]
     left_out = found.dropped.groupby("reason")["n"].sum()
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-    console(stderr=True).print(
-        f"{part} records of the bundled facts; of these facts {why}", style="dim", soft_wrap=True
-    )
+    said = f"{part} records of the bundled facts" + (f"; left out: {why}" if why else "")
+    console(stderr=True).print(said, style="dim", soft_wrap=True)
     if len(mine) <= skip:
         raise usage(
             f"there are {len(mine)} {part} records of the bundled facts, and {skip} are left out"
