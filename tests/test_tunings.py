@@ -166,11 +166,11 @@ def test_the_documents_table_of_ranges_is_what_is_drawn_from():
 @pytest.mark.parametrize(
     ("settings", "records", "expected"),
     [
-        (32, 32, [(32, 2, 0), (9, 8, 8), (3, 32, 0)]),
-        (8, 5, [(8, 1, 2), (3, 5, 0)]),
-        (7, 5, [(7, 5, 0)]),
-        (32, 3, [(32, 1, 8), (3, 3, 0)]),
-        (32, 1, [(32, 1, 0)]),
+        (32, 32, [(32, 2), (9, 8, 8), (3, 32, 4, 1)]),
+        (8, 5, [(8, 1, 2), (3, 5, 1, 1)]),
+        (7, 5, [(7, 5)]),
+        (32, 3, [(32, 1, 8), (3, 3, 4, 1)]),
+        (32, 1, [(32, 1)]),
     ],
 )
 def test_rounds_are_of_fewer_settings_on_more_records(settings, records, expected):
@@ -268,13 +268,13 @@ def test_the_better_settings_go_on_to_more_records_beside_the_default(family_mod
     )
     found = tune(model, ["ft-l"], records, out=tmp_path, settings=8).set_index("setting")
     folders = sorted(each.name for each in (tmp_path / "ft-l").iterdir() if each.is_dir())
-    assert folders == ["1", "1-near", "4"]
-    said = "8 settings of each editor on 1 and 2 near the best, 3 of them on 4 records"
+    assert folders == ["1", "1-near", "4", "4-near"]
+    said = "8 settings of each editor and 2 near the best on 1, 3 of them and 1 near the best on 4 records"
     assert found["how"].iloc[0].startswith(said)
     last = found[found["n"] == 4]
-    assert len(found) == 10
-    assert 0 in last.index
-    assert len(last) == 3
+    assert len(found) == 11
+    assert {0, 10} < {*last.index}
+    assert len(last) == 4
     assert found["taken"].sum() == last["taken"].sum() == 1
     # Who goes on is decided on the first record alone, and none that stayed behind did better there.
     of, tried = TUNABLE["ft-l"], settings_of(model, "ft-l", 8)
@@ -289,7 +289,13 @@ def test_the_better_settings_go_on_to_more_records_beside_the_default(family_mod
     for place, best_one in enumerate(sorted(range(8), key=keys.__getitem__)[:2]):
         tried += settings_near(model, "ft-l", tried[best_one], 1, 0, place)
     score(tried[8:])
-    assert {*last.index} == {0, *sorted(range(1, 10), key=keys.__getitem__)[:2]}
+    gone_on = [0, *sorted(range(1, 10), key=keys.__getitem__)[:2]]
+    assert {*last.index} == {*gone_on, 10}
+    # Once all records have spoken, another is tried near the best of these, at its layer.
+    first = found.loc[gone_on].assign(S=-found["S"].round(9), KL=found["KL"].round(9))
+    (best_one, *_) = first.sort_values(["S", "KL", "setting"]).index
+    tried += settings_near(model, "ft-l", tried[best_one], 1, 0, 2, further=0)
+    assert tried[10]["layer"] == tried[best_one]["layer"]
     for number, row in found.iterrows():
         assert numbers_of(row) == {name: tried[number][name] for name in of.space.names}
 
@@ -306,6 +312,8 @@ def test_near_a_setting_is_half_of_each_range_and_the_next_layers(depth, layer, 
         assert low <= each.numbers["one"] <= high
         assert 3.0 <= each.numbers["two"] <= 4.0
     assert len({each.numbers["one"] for each in found}) == count
+    same = spaces.near(SPACE, depth, count, around, "x", further=0)
+    assert {each.layer for each in same} == {layer % depth}
 
 
 # -- the choice ------------------------------------------------------------------------------------

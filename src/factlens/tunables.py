@@ -56,15 +56,21 @@ def settings_of(model: Model, name: str, count: int, seed: int = 0) -> list[Numb
 
 
 def settings_near(
-    model: Model, name: str, numbers: Mapping[str, Any], count: int, seed: int, place: int
+    model: Model,
+    name: str,
+    numbers: Mapping[str, Any],
+    count: int,
+    seed: int,
+    place: int,
+    further: int = 1,
 ) -> list[Numbers]:
-    """`count` settings of an editor near one that was tried; `place` tells draws around several apart."""
+    """`count` settings of an editor near one that was tried, at most `further` layers away; `place` tells several draws apart."""
     of = tunable(name)
     layer = int(numbers[LAYER]) if of.space.layers else None
     unit = of.drawn(model, Setting(layer, dict.fromkeys(of.space.numbers, 1.0)))
     around = Setting(layer, {each: numbers[each] / unit[each] for each in of.space.numbers})
     mark = (str(seed), name, "near", str(place))
-    found = near(of.space, models.n_layers(model), count, around, *mark)
+    found = near(of.space, models.n_layers(model), count, around, *mark, further=further)
     return [_numbers(model, of, each) for each in found]
 
 

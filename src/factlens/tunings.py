@@ -103,7 +103,9 @@ class Round:
     """How many are tried: all, then the best of those before."""
     records: int
     near: int = 0
-    """How many more are tried on the same records, near the best two of them."""
+    """How many more are tried on the same records, near the best of them."""
+    around: int = 2
+    """Near how many of the best; the layers next to a single one are not tried."""
 
     @property
     def steps(self) -> int:
@@ -115,7 +117,7 @@ def rounds(settings: int, records: int) -> list[Round]:
     """How many settings of an editor are tried on how many of the records, round by round.
 
     While there are eight or more, one of `FACTOR` goes on, beside the default, on `FACTOR` times the records; the last round is on all.
-    Before it as many as a `FACTOR`th of the settings are tried near the best.
+    Before it as many as a `FACTOR`th of the settings are tried near the best two, and in it half as many near the best, at its layer.
     """
     tried = [settings]
     while tried[-1] >= 2 * FACTOR:
@@ -126,16 +128,20 @@ def rounds(settings: int, records: int) -> list[Round]:
         if not found or n > found[-1].records:  # Else there is nothing more to see.
             found.append(Round(count, n))
     if len(found) > 1:
-        found[-2] = replace(found[-2], near=2 * (settings // FACTOR // 2))
+        half = settings // FACTOR // 2
+        found[-2] = replace(found[-2], near=2 * half)
+        found[-1] = replace(found[-1], near=half, around=1)
     return found
 
 
 def _in_words(rule: Sequence[Round]) -> str:
-    first, *later = rule
-    said = [f"{first.settings} settings of each editor on {first.records}"]
-    said += [f"{each.settings} of them on {each.records}" for each in later]
+    who = ["settings of each editor", *["of them"] * (len(rule) - 1)]
     more = [f" and {each.near} near the best" if each.near else "" for each in rule]
-    return ", ".join(a + b for a, b in zip(said, more, strict=True)) + " records"
+    said = [
+        f"{each.settings} {of}{others} on {each.records}"
+        for each, of, others in zip(rule, who, more, strict=True)
+    ]
+    return ", ".join(said) + " records"
 
 
 class _Trial:
@@ -154,7 +160,7 @@ class _Trial:
         self.executor, self.name, self.records, self.out = executor, name, records, out
         self.tried = dict(enumerate(settings))
         self.found = pd.DataFrame()
-        self._more, self._tell, self._done = more, tell, 0
+        self._more, self._tell, self._done, self._draws = more, tell, 0, 0
 
     def score(self, settings: Sequence[int], n: int, folder: str) -> None:
         """Evaluate some settings on the first `n` records; what they scored on fewer is forgotten."""
@@ -177,10 +183,11 @@ class _Trial:
 
     def add_near(self, settings: Sequence[int], count: int, seed: int) -> list[int]:
         """Plan `count` more settings, near the given ones in turn; their numbers."""
-        first = len(self.tried)
-        for place, each in enumerate(settings):
-            plan = (self.name, self.tried[each], count // len(settings), seed, place)
+        first, further = len(self.tried), min(1, len(settings) - 1)
+        for each in settings:
+            plan = (self.name, self.tried[each], count // len(settings), seed, self._draws, further)
             self.tried |= dict(enumerate(self.executor.call(_near, plan), start=len(self.tried)))
+            self._draws += 1
         return list(range(first, len(self.tried)))
 
     def ranked(self, settings: Sequence[int]) -> list[int]:
@@ -197,7 +204,7 @@ def _chosen(trial: _Trial, rule: Sequence[Round], seed: int) -> pd.DataFrame:
             alive = [0, *(n for n in trial.ranked(alive) if n)][: each.settings]
         trial.score(alive, each.records, str(each.records))
         if each.near:
-            more = trial.add_near(trial.ranked(alive)[:2], each.near, seed)
+            more = trial.add_near(trial.ranked(alive)[: each.around], each.near, seed)
             trial.score(more, each.records, f"{each.records}-near")
             alive += more
     found = trial.found
@@ -205,7 +212,7 @@ def _chosen(trial: _Trial, rule: Sequence[Round], seed: int) -> pd.DataFrame:
     return found.assign(taken=found["setting"] == taken).sort_values("setting")
 
 
-def _near(model: Model, plan: tuple[str, Numbers, int, int, int]) -> list[Numbers]:
+def _near(model: Model, plan: tuple[str, Numbers, int, int, int, int]) -> list[Numbers]:
     return settings_near(model, *plan)
 
 

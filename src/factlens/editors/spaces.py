@@ -69,12 +69,14 @@ def draw(space: Space, depth: int, count: int, *mark: str) -> list[Setting]:
     return [_setting(space, depth, shares) for shares in best]
 
 
-def near(space: Space, depth: int, count: int, around: Setting, *mark: str) -> list[Setting]:
-    """`count` settings near another: half of each number's range around it, cut at the range's ends, and the layers next to its own."""
+def near(
+    space: Space, depth: int, count: int, around: Setting, *mark: str, further: int = 1
+) -> list[Setting]:
+    """`count` settings near another: half of each number's range around it, cut at the range's ends, and `further` layers to either side."""
     narrow = {name: each.around(around.numbers[name]) for name, each in space.numbers.items()}
     if around.layer is None:
         return draw(Space(narrow, layers=False), depth, count, *mark)
-    layers = range(max(0, around.layer - 1), min(depth, around.layer + 2))
+    layers = range(max(0, around.layer - further), min(depth, around.layer + further + 1))
     found = draw(Space(narrow), len(layers), count, *mark)
     return [Setting(layers[int(str(each.layer))], each.numbers) for each in found]
 
