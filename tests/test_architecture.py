@@ -50,7 +50,7 @@ LAYERS = [
     ["paper_results"],
     ["summaries"],
     ["averages"],
-    ["tunings"],
+    ["tunings", "sweep_runs"],
     ["parts", "evaluation_runs"],
     ["store", "executors"],
     ["studies"],

@@ -28,10 +28,11 @@ from factlens.cli import app
 from factlens.corpora import Corpus
 from factlens.editors.questions import question
 from factlens.editors.rome import choose_value, rome
-from factlens.errors import ConfigError, FactError, PlanError
+from factlens.errors import ConfigError, FactError, PlanError, RunError
 from factlens.evaluation import evaluate
 from factlens.facts import Rewrite
 from factlens.layer_sweeps import METHODS, SCORES, by_layer, correlation, layer_sweep
+from factlens.sweep_runs import sweep_run
 from factlens.sweeps import sweep_records, tabulated
 from factlens.traces import Trace
 
@@ -219,6 +220,31 @@ def test_settings_that_are_lists_can_be_swept(model):
         (2, 0),
         (2, 1),
     ]
+
+
+class Killed(BaseException):
+    """As KeyboardInterrupt, which pytest would take for its own."""
+
+
+def test_a_sweep_that_was_stopped_goes_on_and_is_the_same(model, swept, tmp_path):
+    grid = {"layer": [0, 2], "fact_token": ["subject-middle", "subject-last"]}
+    given = {"config": QUICK, "others": lambda r: (), "batch": 1, "out": tmp_path}
+
+    def kill(done: int, total: int, label: str) -> None:
+        if label == "layer 2, fact_token subject-middle":
+            raise Killed
+
+    with pytest.raises(Killed):
+        sweep_run(model, rome, RECORDS, grid, progress=kill, **given)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("parts/*.parquet")}
+    assert len(kept) == 4
+    found = sweep_run(model, rome, RECORDS, grid, **given)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    pd.testing.assert_frame_equal(found, swept, atol=1e-4)
+    with pytest.raises(RunError, match="another"):
+        sweep_run(model, rome, RECORDS, {**grid, "layer": [0, 1]}, **given)
+    with pytest.raises(PlanError, match="at least one value of each setting"):
+        sweep_run(model, rome, RECORDS, {"layer": []}, **given)
 
 
 # -- means -----------------------------------------------------------------------------------------

@@ -51,10 +51,7 @@ def sweep_records(
     progress: Progress = no_progress,
 ) -> pd.DataFrame:
     """What `sweep` tabulates: for every combination the rows of `evaluate`, one a record, behind the settings. Raises what `sweep` raises."""
-    chosen = list(records)
-    if not chosen or not grid or not all(grid.values()):
-        raise PlanError("a sweep needs records, and at least one value of each setting")
-    every = combinations(grid)
+    chosen, every = planned(records, grid)
     total, frames = len(every) * len(chosen), []
     for number, settings in enumerate(every):
 
@@ -69,10 +66,28 @@ def sweep_records(
             others=others,
             progress=tell,
         )
-        for place, (name, value) in enumerate(settings.items()):
-            frame.insert(place, name, pd.Series([value] * len(frame)))
-        frames.append(frame)
+        frames.append(behind(settings, frame))
     return pd.concat(frames, ignore_index=True)
+
+
+def planned(
+    records: Iterable[Record], grid: Mapping[str, Sequence[Any]]
+) -> tuple[list[Record], list[dict[str, Any]]]:
+    """What a sweep consists of: the records, and every combination of settings.
+
+    Raises:
+        PlanError: nothing to choose from.
+    """
+    chosen = list(records)
+    if not chosen or not grid or not all(grid.values()):
+        raise PlanError("a sweep needs records, and at least one value of each setting")
+    return chosen, combinations(grid)
+
+
+def behind(settings: Mapping[str, Any], frame: pd.DataFrame) -> pd.DataFrame:
+    """An evaluation's rows behind the settings that they are of."""
+    columns = {name: pd.Series([value] * len(frame)) for name, value in settings.items()}
+    return pd.concat([pd.DataFrame(columns), frame], axis=1)
 
 
 def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from factlens.executors import Executor
     from factlens.models import Model
     from factlens.traces import Trace
 
 
-def main_trace(folder: Path, model: Model) -> Trace:
+def main_trace(folder: Path, executor: Executor) -> Trace:
     """The trace of a finished run of the same model.
 
     Raises:
@@ -24,21 +25,26 @@ def main_trace(folder: Path, model: Model) -> Trace:
         RunError: no run is there, or it is not finished.
     """
     from factlens.averages import read_run
-    from factlens.fingerprints import fingerprint
 
     run = read_run(folder)
-    if run.config["model"]["fingerprint"] != fingerprint(model):
+    if run.config["model"]["fingerprint"] != executor.call(_fingerprint, None):
         raise usage(
             f"the run in {folder} is of other weights ({run.config['model']['model']}) than the model that is edited"
         )
     return run.main
 
 
+def _fingerprint(model: Model, _: None) -> str:
+    from factlens.fingerprints import fingerprint
+
+    return fingerprint(model)
+
+
 def draw_layers(measured: pd.DataFrame, traced: Trace | None, out: Path) -> None:
     """Write `layers.html` and, with a trace, `correlation.csv`; print what it says.
 
     Args:
-        measured: rows of `sweeps.sweep_records` over `layer` and `fact_token`.
+        measured: rows of `sweep_runs.sweep_run` over `layer` and `fact_token`.
         traced: with MLP windows, or None.
         out: the folder.
     """

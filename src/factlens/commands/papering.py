@@ -124,7 +124,7 @@ def paper(
         if not (out / FIGURE_5 / "records.parquet").exists():
             own = ["--records", records] if records is not None else []
             where = [*_each("--token", TOKENS), "--n", numbers["layers"], "--out", out / FIGURE_5]
-            _step("Figure 5", ["sweep", *of, *own, *where])
+            _step("Figure 5", ["sweep", *of, *spread, *own, *where])
         _records_and_texts(model, records, names, numbers, out)
         path = write_text(paper_page(Results(out)), out / "report.html")
         console().print(str(path), soft_wrap=True, markup=False)

@@ -18,12 +18,14 @@ from factlens.commands.measuring import (
     records_of,
     settings_of,
 )
-from factlens.commands.options import Device, ModelName, Precision
-from factlens.commands.shared import check_writable, clear_errors, load, usage
+from factlens.commands.options import Device, ModelName, Precision, RayAddress, Workers
+from factlens.commands.shared import check_writable, clear_errors, executor_for, usage
 from factlens.terminal import console, print_table, progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from factlens.models import Model
 
 TOKENS = {
     "first-subject": "subject-first",
@@ -62,16 +64,20 @@ def sweep(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="Folder for sweep.csv and records.parquet, of tokens layers.html."
+            "--out",
+            "-o",
+            help="Folder for sweep.csv and records.parquet, of tokens layers.html; the same command goes on there.",
         ),
     ] = Path("runs/sweep"),
+    workers: Workers = 1,
+    ray_address: RayAddress = None,
     device: Device = None,
     dtype: Precision = "float32",
 ) -> None:
     """Evaluate ROME at several layers, tokens and clamps, on records that `factlens evaluate` does not use.
 
     The one marked has the highest S; of those within a tenth of a point, it keeps most of the subject's other facts. With tokens, the
-    paper's Figure 5 is drawn.
+    paper's Figure 5 is drawn. Stop it whenever you like: the same command goes on.
 
     Examples:
 
@@ -83,12 +89,11 @@ def sweep(
     """
     from factlens.data_folder import file_of
     from factlens.editors.rome import rome
-    from factlens.executors import InProcess
     from factlens.files import written_whole
-    from factlens.models import n_layers
-    from factlens.sweeps import best, combinations, sweep_records, tabulated
+    from factlens.sweep_runs import sweep_run
+    from factlens.sweeps import best, combinations, tabulated
 
-    with clear_errors():
+    with clear_errors(kept=out):
         check_writable(out)
         if average is not None and not token:
             raise usage("--average is drawn beside edits at tokens; give --token last-subject")
@@ -98,24 +103,30 @@ def sweep(
             )
         records = file_of(records, COUNTERFACT)
         settings = settings_of(config, None, None)
-        hooked = load(model, device, dtype)
-        traced = None if average is None else main_trace(average, hooked)
-        grid: dict[str, Sequence[Any]] = {"layer": layer or list(range(n_layers(hooked)))}
-        if token:
-            grid["fact_token"] = [TOKENS.get(each, each) for each in dict.fromkeys(token)]
-        if clamp:
-            grid["max_norm_ratio"] = clamp
-        gather_first(hooked, [{**settings, **each} for each in combinations(grid)])
-        chosen, _ = records_of(InProcess(hooked), COUNTERFACT, records, n, "tune")
-        with progress("editing") as tell:
-            measured = sweep_records(
-                hooked,
-                rome,
-                chosen,
-                grid,
-                config=settings,
-                progress=lambda done, total: tell(done, total, ""),
-            )
+        executor = executor_for(model, device, None, dtype, workers, ray_address)
+        try:
+            traced = None if average is None else main_trace(average, executor)
+            grid: dict[str, Sequence[Any]] = {"layer": layer or executor.call(_layers, None)}
+            if token:
+                grid["fact_token"] = [TOKENS.get(each, each) for each in dict.fromkeys(token)]
+            if clamp:
+                grid["max_norm_ratio"] = clamp
+            plans = [{**settings, **each} for each in combinations(grid)]
+            executor.call(gather_first, plans)
+            chosen, others = records_of(executor, COUNTERFACT, records, n, "tune")
+            with progress("editing") as tell:
+                measured = sweep_run(
+                    executor,
+                    rome,
+                    chosen,
+                    grid,
+                    out=out / "edits",
+                    config=settings,
+                    others=others,
+                    progress=tell,
+                )
+        finally:
+            executor.close()
         swept = tabulated(measured, list(grid))
         out.mkdir(parents=True, exist_ok=True)
         with written_whole(out / "sweep.csv") as partial:
@@ -137,3 +148,9 @@ def sweep(
         console().print(str(out / "sweep.csv"), soft_wrap=True, markup=False)
         if token:
             draw_layers(measured, traced, out)
+
+
+def _layers(model: Model, _: Any) -> list[int]:
+    from factlens.models import n_layers
+
+    return list(range(n_layers(model)))
