@@ -143,7 +143,7 @@ atlas: $(VENV)/installed  ## Train the bundled model again into runs/atlas (resu
 	@$(BIN)/python -m factlens.atlas --out runs/atlas $(ARGS)
 
 atlas-release: $(VENV)/installed $(RAY)  ## Measure what depends on the bundled model, and write it into configs, README and docs; resumable
-	@$(BIN)/python -m factlens.atlas_release measure $(ARGS)
+	@$(BIN)/python -m factlens.atlas_release measure --workers $(WORKERS) $(ARGS)
 	@$(BIN)/python -m factlens.atlas_release write
 
 # make -j2 atlas-editors trains two at a time.
@@ -154,6 +154,7 @@ $(TRAINED)/%.safetensors: src/factlens/atlas/checkpoint/model.safetensors | $(VE
 	@$(BIN)/factlens train-editor $(firstword $(subst -, ,$*)) --data $(or $(word 2,$(subst -, ,$*)),generic) \
 	  --steps $(if $(word 2,$(subst -, ,$*)),800,1200) --out runs/editors/$*
 	@mkdir -p $(TRAINED)
+	@cp runs/editors/$*/curve.jsonl docs/editor-training/$*.jsonl
 	@cp runs/editors/$*/$*.safetensors $@
 
 atlas-search: $(VENV)/installed  ## Train variants of the bundled model and compare them, resumable; ARGS="--only heads-1"

@@ -18,6 +18,7 @@ import pandas as pd
 import typer
 
 from factlens.atlas_blocks import COMMAND, SECONDS, Measured, of_card, read_table, with_blocks
+from factlens.commands.options import Workers
 from factlens.commands.shared import check_writable, clear_errors, keep_plan, run_command
 from factlens.errors import RunError
 from factlens.files import written_whole
@@ -53,6 +54,7 @@ PLAN, TUNED = "plan.json", "tuning/tuning.csv"
 def measure(
     out: Out = OUT,
     quick: Annotated[bool, typer.Option(help="A few records and facts, for a look.")] = False,
+    workers: Workers = 1,
 ) -> None:
     """Everything that the documents say of the bundled checkpoint. What is finished is kept, and belongs to one checkpoint and one plan."""
     numbers = QUICK if quick else NUMBERS
@@ -60,16 +62,20 @@ def measure(
         check_writable(out)
         with locked(out):
             _begin(out, numbers)
-            _step(out, TUNED, ["tune", "--n", numbers["tuning"]])
-            _step(out, "layers/sweep.csv", _sweeping((), CLAMPS_OF_LAYERS, numbers["layers"]))
+            spread = ["--workers", workers]
+            _step(out, TUNED, ["tune", "--n", numbers["tuning"]], spread)
+            every_layer = _sweeping((), CLAMPS_OF_LAYERS, numbers["layers"])
+            _step(out, "layers/sweep.csv", every_layer, spread)
             layer, _ = chosen(out / "layers")
-            _step(out, "clamps/sweep.csv", _sweeping((layer,), CLAMPS, numbers["clamps"]))
+            one_layer = _sweeping((layer,), CLAMPS, numbers["clamps"])
+            _step(out, "clamps/sweep.csv", one_layer, spread)
             layer, clamp = tuned(out)
-            where = ["--layer", layer, "--clamp", f"{clamp:g}"]
-            _step(out, "edits/table.csv", ["evaluate", "--n", numbers["edits"], *where], rows=3)
+            edits = ["evaluate", "--n", numbers["edits"], "--layer", layer, "--clamp", f"{clamp:g}"]
+            _step(out, "edits/table.csv", edits, spread, rows=3)
             _count_records(out / "records.csv")
             _report(out / "report.json")
-            run_command(["average", "--n", numbers["average"], "--out", out / "average"])
+            average = ["average", "--n", numbers["average"], "--out", out / "average"]
+            run_command([*average, *spread])
             _kinds(out / "kinds.csv", out / "average")
         console().print(str(out), markup=False, soft_wrap=True)
 
@@ -95,11 +101,11 @@ def write(out: Out = OUT) -> None:
         drawn = plots.heatmap(summary.aie), plots.severed(summary.severed, gaps=summary.gaps)
         images = [save(each, Path(folder) / f"{i}.png") for i, each in enumerate(drawn)]
         for name, text in texts.items():
-            with written_whole(ROOT / name) as partial:
-                partial.write_text(text, encoding="utf-8")
+            with written_whole(ROOT / name) as draft:
+                draft.write_text(text, encoding="utf-8")
         for name, image in zip(FIGURES, images, strict=True):
-            with written_whole(ROOT / name) as partial:
-                partial.write_bytes(image.read_bytes())
+            with written_whole(ROOT / name) as draft:
+                draft.write_bytes(image.read_bytes())
         for name in (*texts, *FIGURES):
             console().print(name, markup=False)
 
@@ -142,16 +148,29 @@ def _fingerprint() -> str:
     return fingerprint(load_model())
 
 
-def _step(out: Path, table: str, command: Sequence[object], rows: int = 1) -> None:
-    """Run one of factlens's commands unless its table is there with all its rows; note the command, and how long it took."""
+def _step(
+    out: Path, table: str, command: Sequence[object], how: Sequence[object] = (), rows: int = 1
+) -> None:
+    """Run one of factlens's commands unless its table is there with all its rows; note the command, and how long all its parts took.
+
+    `how` is what the result does not depend on.
+    """
     path = out / table
     if path.exists() and len(pd.read_csv(path)) >= rows:
         return
+    words, seconds = " ".join(map(str, command)), 0.0
+    noted = path.with_name("step.json")
+    if noted.exists():
+        before = json.loads(noted.read_text(encoding="utf-8"))
+        seconds = before[SECONDS] if before[COMMAND] == words else 0.0
     began = time.monotonic()
-    run_command([*command, "--out", path.parent])
-    note = {COMMAND: " ".join(map(str, command)), SECONDS: time.monotonic() - began}
-    with written_whole(path.with_name("step.json")) as partial:
-        partial.write_text(json.dumps(note) + "\n", encoding="utf-8")
+    try:
+        run_command([*command, *how, "--out", path.parent])
+    finally:
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        note = {COMMAND: words, SECONDS: seconds + time.monotonic() - began}
+        with written_whole(noted) as draft:
+            draft.write_text(json.dumps(note) + "\n", encoding="utf-8")
 
 
 def _sweeping(layers: Sequence[int], clamps: Sequence[float], n: int) -> list[object]:
@@ -179,8 +198,8 @@ def _count_records(to: Path) -> None:
         }
         for one in relations()
     ]
-    with written_whole(to) as partial:
-        pd.DataFrame(rows).to_csv(partial, index=False)
+    with written_whole(to) as draft:
+        pd.DataFrame(rows).to_csv(draft, index=False)
 
 
 def _kinds(to: Path, averaged: Path) -> None:
@@ -191,8 +210,8 @@ def _kinds(to: Path, averaged: Path) -> None:
     from factlens.models import load_model
 
     found = by_kind(read_run(averaged).main, groups(load_model(), Recipe()))
-    with written_whole(to) as partial:
-        found.to_csv(partial, index=False)
+    with written_whole(to) as draft:
+        found.to_csv(draft, index=False)
 
 
 def _report(to: Path) -> None:
@@ -206,8 +225,8 @@ def _report(to: Path) -> None:
         return
     found = json.loads((CHECKPOINT / "report.json").read_text(encoding="utf-8"))
     found |= report(read_checkpoint(CHECKPOINT), EXAMPLES, Recipe())
-    with written_whole(to) as partial:
-        partial.write_text(as_text(found), encoding="utf-8")
+    with written_whole(to) as draft:
+        draft.write_text(as_text(found), encoding="utf-8")
 
 
 def chosen(folder: Path) -> tuple[int, float]:
