@@ -16,8 +16,8 @@ SOURCE = Path(factlens.__file__).parent
 LAYERS = [
     ["cli", "panels", "scaling", "evaluation_benchmark", "atlas_search", "atlas_release"],
     ["atlas_measures", "edit_benchmark", "plain_evaluation"],
-    ["atlas_results"],
     ["atlas_blocks"],
+    ["atlas_results"],
     ["benchmark"],
     [
         "commands.tracing",
@@ -65,6 +65,7 @@ LAYERS = [
     ["scoring"],
     ["tunables"],
     ["editors.attention", "editors.mend", "editors.ke", "editors.training"],
+    ["editors.trained_edits"],
     ["editors.checkpoints"],
     ["editors.rome", "editors.fine_tuning", "editors.knowledge_neurons"],
     ["editors.tuning", "editors.neurons"],

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import average_runs
@@ -18,6 +19,8 @@ from factlens import atlas_blocks, atlas_release
 from factlens.atlas import CHECKPOINT
 from factlens.atlas_blocks import BLOCK, BLOCKS, Measured, filled
 from factlens.averages import average
+from factlens.benchmarks import atlas_counterfact
+from factlens.benchmarks.atlas_zsre import zsre
 from factlens.errors import OutputError, RunError
 from factlens.evaluation import evaluate, table
 from factlens.fingerprints import fingerprint
@@ -65,11 +68,10 @@ def folder(atlas, tmp_path_factory):
     from factlens.sweeps import sweep
 
     made = tmp_path_factory.mktemp("release")
-    atlas_release._begin(made, atlas_release.QUICK)
+    atlas_release._begin(made, atlas_release.NUMBERS)
     some = ["replace", "attribution patching"]
-    average(
-        atlas, average_runs.facts(), out=made / "average", n=4, samples=1, part=2, variants=some
-    )
+    traced = made / "paper/average"
+    average(atlas, average_runs.facts(), out=traced, n=4, samples=1, part=2, variants=some)
     records = counterfact(atlas, only=["language"])
     frames = [
         evaluate(atlas, editor, records.test[:2], label=name, config=config)
@@ -79,6 +81,21 @@ def folder(atlas, tmp_path_factory):
             ("rome", rome, QUICKLY),
         )
     ]
+    asked = zsre(only=["native_language"]).test[:2]
+    for name, some in (("texts", records.test[:1]), ("zsre", asked)):
+        written = [
+            evaluate(
+                *(atlas, editor, some),
+                label=label,
+                config=QUICKLY if editor else None,
+                generations=20 if name == "texts" else None,
+            )
+            for label, editor in (("none", None), ("rome", rome))
+        ]
+        (made / "paper" / name).mkdir()
+        pd.concat(written).to_parquet(made / f"paper/{name}/records.parquet")
+    (made / "paper/counterfact").mkdir()
+    pd.concat(frames).to_parquet(made / "paper/counterfact/records.parquet")
     for name in ("edits", "layers", "clamps", "tuning"):
         (made / name).mkdir()
     (made / "edits/step.json").write_text('{"command": "evaluate --n 3", "seconds": 90}')
@@ -94,7 +111,10 @@ def folder(atlas, tmp_path_factory):
     swept = sweep(atlas, rome, records.tune[:2], grid, config=QUICKLY)
     for name in ("layers", "clamps"):
         swept.to_csv(made / name / "sweep.csv", index=False)
-    atlas_release._count_records(made / "records.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        # Asking all facts takes half a minute.
+        patch.setattr(atlas_counterfact, "counterfact", partial(counterfact, only=["language"]))
+        atlas_release._count_records(made / "records.csv")
     shutil.copy(CHECKPOINT / "report.json", made)
     ends = {f"{name}{end}": 0.1 for name in ("state", "beyond") for end in ("", "_low", "_high")}
     kinds = pd.DataFrame([{"group": "people", "facts": 3, "layer": 2, **ends}])
@@ -241,12 +261,12 @@ def ran(monkeypatch):
 def test_measuring_takes_what_was_chosen_on_and_changes_nothing_else(ran, checkout, tmp_path):
     before = contents(checkout)
     assert invoke("measure", "--quick", "--out", tmp_path / "out").exit_code == 0
-    tuning, layers, clamps, edits, averaged = ran
+    tuning, layers, clamps, edits, paper = ran
     assert tuning[:3] == ["tune", "--n", "1"]
     assert "--layer" not in layers
     assert clamps[:3] == ["sweep", "--layer", "1"]
     assert edits[:7] == ["evaluate", "--n", "4", "--layer", "0", "--clamp", "1.5"]
-    assert averaged[:3] == ["average", "--n", "20"]
+    assert paper[:2] == ["paper", "--quick"]
     assert contents(checkout) == before
 
 
@@ -255,24 +275,25 @@ def test_measuring_again_runs_what_is_not_finished(ran, tmp_path):
     done = len(ran)
     pd.read_csv(tmp_path / "edits/table.csv").head(2).to_csv(tmp_path / "edits/table.csv")
     invoke("measure", "--out", tmp_path)
-    assert [words[0] for words in ran[done:]] == [
-        "evaluate",
-        "average",
-    ]  # the run resumes by itself
+    # `paper` goes on by itself.
+    assert [words[0] for words in ran[done:]] == ["evaluate", "paper"]
 
 
 def test_a_look_is_not_taken_for_the_whole(ran, tmp_path):
     invoke("measure", "--quick", "--out", tmp_path)
     done = invoke("measure", "--out", tmp_path)
     assert done.exit_code == 2
-    assert "measurements of another tuning, layers, clamps, edits, average" in done.stderr
+    assert "measurements of another tuning, layers, clamps, edits" in done.stderr
     assert len(ran) == 5
+    done = invoke("write", "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "holds a look at few records" in done.stderr
 
 
 def test_measurements_of_another_checkpoint_are_refused(folder, checkout, tmp_path):
     plan = json.loads((folder / "plan.json").read_text("utf-8")) | {"checkpoint": "another"}
     (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-    for command in (["measure", "--quick"], ["write"]):
+    for command in (["measure"], ["write"]):
         done = invoke(*command, "--out", tmp_path)
         assert done.exit_code == 2
         assert "measurements of another checkpoint" in done.stderr
@@ -329,7 +350,8 @@ def test_a_write_that_fails_leaves_everything_as_it_was(folder, checkout, monkey
         "edits/table.csv",
         "clamps/sweep.csv",
         "report.json",
-        "average",
+        "paper/average",
+        "paper/zsre",
     ],
 )
 def test_what_was_not_measured_is_not_written(folder, checkout, tmp_path, missing):

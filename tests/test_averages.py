@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import average_runs
@@ -309,7 +310,12 @@ def test_parts_of_other_facts_and_damaged_frames_are_not_trusted(atlas, whole, t
     frame = out / "frame.parquet"
     frame.write_bytes(frame.read_bytes()[:100])
     assert_same_rows(average_runs.run(InProcess(atlas), out), whole)
-    assert len(read_run(out).sessions) == 3
+    again = read_run(out)
+    assert [session["workers"] for session in again.sessions] == [1, 1, 1]
+    assert again.spread == ""
+    two = [{**session, "workers": 2} for session in again.sessions]
+    assert replace(again, sessions=two).spread == " with 2 workers"
+    assert replace(again, sessions=[*two, *again.sessions]).spread == ""
     (out / "facts.parquet").write_bytes(b"PAR1")
     with pytest.raises(RunError, match="remove it, and the facts are asked again"):
         average_runs.run(InProcess(atlas), out)

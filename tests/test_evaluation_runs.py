@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import yaml
 from test_evaluation import push
 from typer.testing import CliRunner
 
@@ -44,6 +45,8 @@ def whole(atlas, records, tmp_path_factory) -> pd.DataFrame:
 
 class Elsewhere:
     """Workers of another process: nothing but what can be sent reaches them, and the last part comes first."""
+
+    workers = 2
 
     def __init__(self, model) -> None:
         self.here = InProcess(model)
@@ -110,6 +113,8 @@ def test_what_was_stopped_goes_on_and_gives_the_same(atlas, records, whole, tmp_
 def test_parts_may_be_done_elsewhere_and_in_any_order(atlas, records, whole, tmp_path):
     frame = evaluate_run(Elsewhere(atlas), CONTESTANTS, records, out=tmp_path, batch=2)
     pd.testing.assert_frame_equal(frame, whole, atol=1e-5)
+    (session,) = yaml.safe_load((tmp_path / "run.yaml").read_text("utf-8"))["sessions"]
+    assert session["workers"] == 2
 
 
 def test_a_folder_belongs_to_one_configuration(atlas, records, tmp_path):

@@ -22,7 +22,6 @@ from factlens.commands.shared import EDITORS, editor_named
 from factlens.editors import each
 from factlens.editors.checkpoints import (
     Trained,
-    edit_with,
     load,
     own_folder,
     packaged,
@@ -43,6 +42,7 @@ from factlens.editors.hypernetworks import (
 from factlens.editors.ke import KE, KEConfig, ke
 from factlens.editors.lessons import Lesson
 from factlens.editors.mend import FLOOR, MEND, MENDConfig, Normaliser, mend, mend_cf
+from factlens.editors.trained_edits import edit_with
 from factlens.editors.training import drill, losses_of
 from factlens.edits import info_for
 from factlens.errors import (
@@ -634,7 +634,7 @@ def test_edits_that_are_not_what_was_found_are_noticed(family_model, monkeypatch
     model = family_model("gpt2")
     trained = trained_of(model, "mend")
     monkeypatch.setattr(
-        "factlens.editors.checkpoints.changed", lambda *given: contextlib.nullcontext()
+        "factlens.editors.trained_edits.changed", lambda *given: contextlib.nullcontext()
     )
     with pytest.raises(EditError, match=r"does not give what was optimised"):
         edit_with(model, MEND, "generic", [[REWRITES[0]]], trained)

@@ -1,6 +1,6 @@
 """`python -m factlens.atlas_release`: measure anew what depends on the bundled checkpoint, and write it into the documents.
 
-python -m factlens.atlas_release measure     # editors' numbers, edits, a thousand facts; goes on where it was stopped
+python -m factlens.atlas_release measure     # editors' numbers, edits, all of `factlens paper`; goes on where it was stopped
 python -m factlens.atlas_release write       # configs/atlas.yaml, the blocks of the README and of docs/, a table, two figures
 
 `measure` changes nothing but its own folder, and `write` nothing unless everything is there. What documents say outside of their blocks is for
@@ -17,11 +17,20 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from factlens.atlas_blocks import COMMAND, SECONDS, Measured, of_card, read_table, with_blocks
+from factlens.atlas_blocks import (
+    COMMAND,
+    PAPER,
+    SECONDS,
+    Measured,
+    of_card,
+    read_table,
+    with_blocks,
+)
 from factlens.commands.options import Workers
 from factlens.commands.shared import check_writable, clear_errors, keep_plan, run_command
 from factlens.errors import RunError
 from factlens.files import written_whole
+from factlens.paper_results import AVERAGE
 from factlens.store import locked
 from factlens.terminal import console
 
@@ -44,9 +53,9 @@ CLAMPS_OF_LAYERS = (1.0, 3.0)
 """Tried at every layer, on few records."""
 CLAMPS = (0.75, 1.0, 1.25, 1.5, 2.0)
 """Tried at the best layer, on many."""
-NUMBERS = {"tuning": 32, "layers": 16, "clamps": 64, "edits": 200, "average": 1000}
-"""Records or facts of each step."""
-QUICK = {"tuning": 1, "layers": 2, "clamps": 4, "edits": 4, "average": 20}
+NUMBERS = {"tuning": 32, "layers": 16, "clamps": 64, "edits": 200}
+"""Records of each step."""
+QUICK = {"tuning": 1, "layers": 2, "clamps": 4, "edits": 4}
 PLAN, TUNED = "plan.json", "tuning/tuning.csv"
 
 
@@ -74,9 +83,9 @@ def measure(
             _step(out, "edits/table.csv", edits, spread, rows=3)
             _count_records(out / "records.csv")
             _report(out / "report.json")
-            average = ["average", "--n", numbers["average"], "--out", out / "average"]
-            run_command([*average, *spread])
-            _kinds(out / "kinds.csv", out / "average")
+            look = ["--quick"] if quick else []
+            run_command(["paper", *look, *spread, "--out", out / PAPER])
+            _kinds(out / "kinds.csv", out / PAPER / AVERAGE)
         console().print(str(out), markup=False, soft_wrap=True)
 
 
@@ -129,7 +138,7 @@ def _begin(out: Path, numbers: Mapping[str, int]) -> None:
 
 
 def _check_checkpoint(out: Path) -> None:
-    """Refuse to write what was not measured, or not of this checkpoint.
+    """Refuse to write what was not measured, not in full, or not of this checkpoint.
 
     Raises:
         RunError: so it is.
@@ -137,8 +146,13 @@ def _check_checkpoint(out: Path) -> None:
     path = out / PLAN
     if not path.exists():
         raise RunError(f"nothing was measured in {out}; `atlas_release measure` does it")
-    if json.loads(path.read_text(encoding="utf-8"))["checkpoint"] != _fingerprint():
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    if plan["checkpoint"] != _fingerprint():
         raise RunError(f"{out} holds measurements of another checkpoint; measure again")
+    if any(plan.get(name) != n for name, n in NUMBERS.items()):
+        raise RunError(
+            f"{out} holds a look at few records; measure without --quick, in another --out"
+        )
 
 
 def _fingerprint() -> str:

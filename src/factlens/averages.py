@@ -45,12 +45,18 @@ class Run:
     traces: Mapping[str, Trace]
     """By study; "main" first. The methods that are no tracing have `attribution` instead of `effect`."""
     sessions: Sequence[Mapping[str, Any]]
-    """Each time the command was run: `seconds`, `device`, `versions`. A killed one could not say so."""
+    """Each time the command was run: `seconds`, `workers`, `device`, `versions`. A killed one could not say so."""
 
     @property
     def seconds(self) -> float:
         """Wall-clock of all sessions."""
         return sum(float(session["seconds"]) for session in self.sessions)
+
+    @property
+    def spread(self) -> str:
+        """How many workers it had, for a sentence: " with 2 workers". Empty where it was one, or not always as many."""
+        counts = {session.get("workers", 1) for session in self.sessions}
+        return f" with {max(counts)} workers" if len(counts) == 1 and max(counts) > 1 else ""
 
     @property
     def main(self) -> Trace:
@@ -141,7 +147,8 @@ def average(
             put_together(store, chunks, config["trace"], again=worked)
         finally:
             versions = {key: found["about"][key] for key in ("device", "python", "versions")}
-            store.add_session(time.perf_counter() - begun, versions)
+            seconds = time.perf_counter() - begun
+            store.add_session(seconds, {"workers": executor.workers, **versions})
     run = read_run(out)
     if not len(run.main):
         raise FactError(

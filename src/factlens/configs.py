@@ -63,7 +63,7 @@ class ModelConfig:
     knowledge_neurons_source: str = ""
     """Where `knowledge_neurons` comes from."""
     trained_editors: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    """How the changes of MEND and KE are scaled, each under its editor's name; `editors.checkpoints` checks it."""
+    """How the changes of MEND and KE are scaled, each under its editor's name; `editors.trained_edits` checks it."""
     trained_editors_source: str = ""
     """Where `trained_editors` comes from."""
     layers: int | None = None

@@ -121,7 +121,8 @@ def evaluate_run(
             return _put_together(store, chunks)
         finally:
             versions = {key: about[key] for key in ("device", "python", "versions")}
-            store.add_session(time.perf_counter() - begun, versions)
+            seconds = time.perf_counter() - begun
+            store.add_session(seconds, {"workers": executor.workers, **versions})
 
 
 def do_chunk(model: Model, chunk: _Chunk, progress: Progress = no_progress) -> Rows:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from factlens.errors import FactlensError, WorkersError
@@ -45,6 +45,11 @@ class ModelSource:
 class Executor(Protocol):
     """Where work is done."""
 
+    @property
+    def workers(self) -> int:
+        """How many things are done at a time."""
+        ...
+
     def call(self, work: Work, item: Any) -> Any:
         """Do one thing, and wait for it."""
         ...
@@ -63,6 +68,7 @@ class InProcess:
     """One model, here."""
 
     model: Model
+    workers: int = field(default=1, init=False)
 
     def call(self, work: Work, item: Any) -> Any:
         """Do one thing."""
@@ -101,7 +107,7 @@ class OnRay:
                 f"each worker has one device of its own; device {source.device!r} and device_map {source.device_map!r} "
                 "are for a single process (workers=1)"
             )
-        self.source = source
+        self.source, self.workers = source, workers
         self.actors: list[Any] = []
         self.ray = _ray()
         self._owned = not self.ray.is_initialized()

@@ -231,7 +231,7 @@ def _how(summary: Summary) -> list[Section]:
     ]
     wall = " + ".join(f"{session['seconds']:.0f}" for session in run.sessions)
     note = (
-        f"Wall-clock {run.seconds:.0f} s ({wall}), by the times the command was run; one that was killed could not say. "
+        f"Wall-clock {run.seconds:.0f} s ({wall}){run.spread}, by the times the command was run; one that was killed could not say. "
         f"On {', '.join(sorted({str(session['device']) for session in run.sessions}))}."
     )
     made = [

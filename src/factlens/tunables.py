@@ -8,7 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from factlens import models
-from factlens.editors import Editor, attention, checkpoints, fine_tuning, ke, mend, rome_config
+from factlens.editors import (
+    Editor,
+    attention,
+    checkpoints,
+    fine_tuning,
+    ke,
+    mend,
+    rome_config,
+    trained_edits,
+)
 from factlens.editors import knowledge_neurons as neurons
 from factlens.editors.rome import rome
 from factlens.editors.spaces import LAYER, Setting, Space, draw, near, rounded
@@ -127,10 +136,10 @@ def _trained(editor: Editor, method: checkpoints.Method, data: str) -> Tunable:
     label = checkpoints.label_of(method, data)
 
     def config(model: Model, changes: Mapping[str, object]) -> Numbers:
-        return asdict(checkpoints.file_config_for(model, label, changes, chosen=False))
+        return asdict(trained_edits.file_config_for(model, label, changes, chosen=False))
 
     section = ("trained_editors", label)
-    return Tunable(editor, section, checkpoints.SPACE, config, network=(method, data))
+    return Tunable(editor, section, trained_edits.SPACE, config, network=(method, data))
 
 
 TUNABLE: Mapping[str, Tunable] = {

@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from factlens.editors.checkpoints import Method, editor_of
+from factlens.editors.checkpoints import Method
 from factlens.editors.hypernetworks import Asked, Hypernetwork, Pairs
+from factlens.editors.trained_edits import editor_of
 from factlens.editors.training_config import TrainingConfig
 
 FLOOR = 1e-2
