@@ -35,6 +35,18 @@ def rows(scores: dict[str, dict[str, float]], n: int = 60) -> pd.DataFrame:
     )
 
 
+def swept(scores: dict[int, float], n: int = 60) -> pd.DataFrame:
+    """A sweep's rows with these PS by layer, and others that must not count."""
+    own = [
+        {"layer": layer, "fact_token": "subject-last", "case_id": case, "PS": ps, "reason": ""}
+        for layer, ps in scores.items()
+        for case in range(n)
+    ]
+    elsewhere = [{**row, "fact_token": "last", "PS": 1.0} for row in own]
+    failed = [{**own[0], "case_id": n, "PS": float("nan"), "reason": "EditError: no"}]
+    return pd.DataFrame([*own, *elsewhere, *failed])
+
+
 def verdicts(frame: pd.DataFrame, zsre: pd.DataFrame | None = None) -> dict[str, str]:
     found = section_3(frame, zsre)
     assert tuple(found.columns) == COLUMNS
@@ -106,6 +118,30 @@ def test_what_moves_in_zsre_is_set_against_what_moves_in_neighbours(moved, said)
     zsre = rows({"none": {"specificity": 0.5}, "ft": {"specificity": 0.5 - moved}})
     found = verdicts(rows(AS_IN_THE_PAPER), zsre)
     assert found["zsRE's specificity of FT moves less than its NS"] == said
+
+
+@pytest.mark.parametrize(
+    ("scores", "said", "difference"),
+    [
+        ([0.5, 0.2, 0.9, 0.92, 0.95, 0.9, 0.1, 0.0], SEEN, 0.05),
+        ([0.5, 0.2, 0.9, 0.4, 0.9, 0.9, 0.1, 0.0], OPPOSITE, -0.4),
+        ([0.95, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0], OPPOSITE, -0.75),
+    ],
+)
+def test_a_fact_can_be_stored_where_no_middle_layer_is_far_below_the_best(scores, said, difference):
+    found = section_3(rows(AS_IN_THE_PAPER), swept=swept(dict(enumerate(scores))))
+    last = found.iloc[-1]
+    assert last["claim"].startswith("A fact can be stored in any of the middle layers")
+    assert last["difference"] == pytest.approx(difference, abs=1e-9)
+    assert last["n_records"] == 60
+    assert "the middle is layers 2 to 5" in last["how"]
+    assert last["verdict"] == said
+
+
+def test_a_sweep_without_a_middle_is_not_judged():
+    found = section_3(rows(AS_IN_THE_PAPER), swept=swept({0: 0.9, 1: 0.9, 2: 0.9}))
+    assert found.iloc[-1]["verdict"] == UNTESTABLE
+    assert "3 layers" in found.iloc[-1]["how"]
 
 
 def test_records_that_cannot_be_paired_are_refused():

@@ -413,12 +413,12 @@ def test_the_figure_holds_the_means_their_bands_and_the_aie():
 
 
 def test_a_score_without_a_value_has_no_panel_and_empty_places_no_axes():
-    found = by_layer(made_up()).assign(retention=NAN)
+    found = by_layer(made_up()).assign(retention=NAN, S=NAN)
     figure = plots.sweep(found)
-    assert len(figure.data) == 4 * 2
+    assert len(figure.data) == 3 * 2
     assert "Pearson" not in figure.layout.annotations[-1].text
     hidden = [axis for axis in figure.select_xaxes() if axis.visible is False]
-    assert len(hidden) == 2
+    assert len(hidden) == 1
 
 
 def test_the_figure_escapes_and_refuses():

@@ -178,8 +178,11 @@ def test_the_caption_says_what_is_bold_what_is_red_and_the_protocol():
     assert "NS more than 10 points below it" in caption
     assert "GE of ROME over 1." in caption
     few = {"GE": [6.0, NAN], "RS": [0.3, NAN]}
-    caption = table_2(together(records("none", **few), records("rome", **few))).caption
-    assert "GE and RS are means over 1 records, for which texts were generated." in caption
+    table = table_2(together(records("none", **few), records("rome", **few)))
+    caption = table.caption
+    assert ". GE and RS are means over 1 records, for which texts were generated." in caption
+    beside = beside_paper(table).caption
+    assert "Our GE and RS are means over 1 records, for which texts were generated." in beside
     assert caption.endswith("Protocol: mean-token-nll/teacher-forced/independent/1.")
 
 

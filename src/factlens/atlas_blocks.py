@@ -249,7 +249,8 @@ def _of_paper(found: PaperTable) -> str:
 
 def claims_of_edits(measured: Measured) -> str:
     """The claims of Section 3 and their verdicts."""
-    found = section_3(measured.paper.counterfact, measured.paper.zsre)
+    paper = measured.paper
+    found = section_3(paper.counterfact, paper.zsre, paper.swept)
     table = pd.DataFrame(
         {
             "claim of Section 3": found["claim"],

@@ -15,12 +15,15 @@ from factlens.claims import UNTESTABLE, Compared, verdict
 from factlens.errors import PlanError
 from factlens.evaluation import NONE
 from factlens.intervals import mean_interval
+from factlens.layer_sweeps import LAST_SUBJECT
 
 COLUMNS = ("claim", "paper", "difference", "low", "high", "n_records", "verdict", "how")
 BLED = 0.1
 """Of NS, that an edit may lose before it bleeds over: the paper's red figures lie further below the unedited model's."""
 FELL_SHORT = 0.1
 """Of efficacy, that paraphrases may miss before an edit fails to generalise."""
+FEWEST_LAYERS = 4
+"""Of a sweep, that has a middle."""
 _PAPER = paper_numbers.read(
     paper_numbers.COUNTERFACT["GPT-2 XL"].rows,
     ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS"),
@@ -46,7 +49,11 @@ class _Scores:
         return rows.set_index("case_id")[score].astype(float)
 
 
-def section_3(counterfact: pd.DataFrame, zsre: pd.DataFrame | None = None) -> pd.DataFrame:
+def section_3(
+    counterfact: pd.DataFrame,
+    zsre: pd.DataFrame | None = None,
+    swept: pd.DataFrame | None = None,
+) -> pd.DataFrame:
     """Every claim of Sections 3.3 to 3.5 about how editors compare: `claim, paper, difference, low, high, n_records, verdict, how`.
 
     Differences are of shares, positive where the paper is right; intervals are BCa bootstrap over the records that both sides
@@ -56,6 +63,7 @@ def section_3(counterfact: pd.DataFrame, zsre: pd.DataFrame | None = None) -> pd
         counterfact: the frame of `evaluate` on CounterFact records, with the editors "none" (unedited), "rome", "ft", "ft-l",
             "attn-edit" and "kn" as far as they were run.
         zsre: the same on zsRE's records.
+        swept: the rows of `layer_sweeps.layer_sweep`, ROME at every layer.
 
     Raises:
         PlanError: an editor has a record twice, so that records cannot be paired.
@@ -73,6 +81,14 @@ def section_3(counterfact: pd.DataFrame, zsre: pd.DataFrame | None = None) -> pd
                 "zsRE's specificity of FT moves less than its NS",
                 "-1.0 against -37.7 points",
                 lambda: _insensitive(cf, asked),
+            )
+        )
+    if swept is not None:
+        rows.append(
+            _row(
+                "A fact can be stored in any of the middle layers: PS at the worst of them is less than 10 points below the best layer's",
+                "Figure 5",
+                lambda: _anywhere(swept),
             )
         )
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -164,6 +180,29 @@ def _insensitive(cf: _Scores, zsre: _Scores) -> Compared:
     return lost - abs(moved.mean()), (
         f"what FT takes from NS, minus the {abs(moved.mean()):.3f} that it moves zsRE's specificity (mean of {moved.count()} records)"
     )
+
+
+def _anywhere(swept: pd.DataFrame) -> Compared:
+    """Of the middle half of the layers; edits are at the last subject token."""
+    rows = swept[(swept["fact_token"] == LAST_SUBJECT) & (swept["reason"] == "")]
+    scores = rows.pivot(index="case_id", columns="layer", values="PS").dropna()
+    if scores.empty or scores.shape[1] < FEWEST_LAYERS:
+        raise LookupError(
+            f"ROME was swept over {scores.shape[1]} layers at the last subject token, fewer than {FEWEST_LAYERS}"
+        )
+    means = scores.mean()
+    middle = middle_layers(means)
+    best, worst = int(means.idxmax()), int(middle.idxmin())
+    return FELL_SHORT - _paired(scores[best], scores[worst]), (
+        f"{FELL_SHORT:g} minus what PS at layer {worst} is below that at layer {best}; the middle is layers {middle.index[0]} to "
+        f"{middle.index[-1]}"
+    )
+
+
+def middle_layers(by_layer: pd.Series) -> pd.Series:
+    """The middle half of what there is of each layer."""
+    quarter = len(by_layer) // 4
+    return by_layer.sort_index().iloc[quarter : len(by_layer) - quarter]
 
 
 def _paired(one: pd.Series, other: pd.Series) -> pd.Series:

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from factlens import plots
-from factlens.edit_claims import section_3
+from factlens.edit_claims import middle_layers, section_3
 from factlens.effects import average_effects
 from factlens.layer_sweeps import LAST_SUBJECT, by_layer, correlation
 from factlens.paper_results import Results
@@ -42,7 +42,7 @@ def _editing(results: Results) -> list[Section]:
         Section(
             "The claims of Section 3",
             VERDICTS,
-            table=section_3(results.counterfact, results.zsre),
+            table=section_3(results.counterfact, results.zsre, results.swept),
         ),
         *_beyond(results.counterfact),
     ]
@@ -82,7 +82,7 @@ def _by_layer(results: Results) -> list[Section]:
     found, correlated = by_layer(results.swept), correlation(results.swept, main)
     aie = average_effects(main)
     own = found[found["fact_token"] == LAST_SUBJECT].set_index("layer")["S"].sort_index()
-    middle = own.iloc[len(own) // 4 : len(own) - len(own) // 4]
+    middle = middle_layers(own)
     note = (
         f"Can a fact be stored in any of the middle layers? Edited at the last subject token, S lies between {middle.min():.1f} and "
         f"{middle.max():.1f} over layers {middle.index.min()} to {middle.index.max()}; it is largest, {own.max():.1f}, at layer {own.idxmax()}."

@@ -195,15 +195,18 @@ class PaperTable:
     def _of_fewer(self) -> list[str]:
         """The numbers of records that have scores of text, where they are not all."""
         fewer: dict[str, list[str]] = {}
+        sources = set()
         for _, row in self.frame.iterrows():
             name = NAMES.get(row["editor"], row["editor"])
             for score in self.layout.of_text:
                 if 0 < row[f"n_{score}"] < row["n"]:
                     fewer.setdefault(f"{row[f'n_{score}']:.0f}", []).append(f"{score} of {name}")
-        asked = len(self.frame) * len(self.layout.of_text)
+                    sources.add(row["source"])
+        asked = int(self.frame["source"].isin(sources).sum()) * len(self.layout.of_text)
         for count, scores in fewer.items():
             if len(scores) == asked:
-                return [f"GE and RS are means over {count} records, for which texts were generated"]
+                ours = "Our GE and RS" if sources != {*self.frame["source"]} else "GE and RS"
+                return [f"{ours} are means over {count} records, for which texts were generated"]
         of = [f"{', '.join(scores)} over {count}" for count, scores in fewer.items()]
         return [f"Texts were not generated for all: {'; '.join(of)}"] if of else []
 

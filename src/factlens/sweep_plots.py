@@ -28,7 +28,9 @@ ROLES = {
 }
 """The tokens of edits by their role in traces, which gives their colours."""
 LAST_SUBJECT = "last subject"
-PER_ROW = 3
+PER_ROW = 2
+HEADING = 40
+"""Height of the heading, in pixels."""
 COLUMNS = ("layer", "fact_token", *PANELS, "n")
 WARNING = (
     "A layer at which causal tracing finds facts need not be one at which edits succeed: of single facts the one "
@@ -145,10 +147,18 @@ def _caption(found: pd.DataFrame, correlations: pd.DataFrame | None) -> list[str
 
 def _add_caption(figure: go.Figure, lines: Sequence[str]) -> None:
     below = 60
+    height = figure.layout.height + below + 18 * len(lines)
     figure.update_layout(
-        margin={"l": 80, "r": 160, "b": 60 + below + 18 * len(lines)},
-        height=figure.layout.height + below + 18 * len(lines),
-        legend={"tracegroupgap": 0},
+        margin={"l": 80, "b": 60 + below + 18 * len(lines)},
+        height=height,
+        # Below the heading: right of the panels it would lie outside of many windows.
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "yref": "container",
+            "y": 1 - HEADING / height,
+            "yanchor": "top",
+        },
     )
     figure.add_annotation(
         text="<br>".join(lines),

@@ -27,7 +27,7 @@ COMPARED = ("ft", "ft-l", "kn", "ke", "ke-cf", "mend", "mend-cf", "attn-edit", "
 """The editors of Table 2 and Figure 6, in the paper's order."""
 COMPARED_ZSRE = ("ft", "ft-l", "ke", "ke-zsre", "mend", "mend-zsre", "rome")
 """Those of Table 1."""
-FULL = {"facts": 1000, "records": 200, "texts": 50, "layers": 25}
+FULL = {"facts": 1000, "records": 200, "texts": 50, "layers": 50}
 """Facts that are traced; records of the tables, of those with generated texts, and of Figure 5."""
 QUICK = {"facts": 60, "records": 12, "texts": 4, "layers": 3}
 TOKENS = ("first-subject", "middle-subject", "last-subject", "last")
