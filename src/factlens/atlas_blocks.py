@@ -18,7 +18,7 @@ from factlens import atlas_results
 from factlens.edit_claims import section_3
 from factlens.errors import OutputError, RunError
 from factlens.paper_results import Results
-from factlens.paper_tables import NAMES, PaperTable, table_1, table_2
+from factlens.paper_tables import NAMES, table_1, table_2
 from factlens.studies import NOISE_RULES
 from factlens.summaries import Summary
 from factlens.sweeps import best
@@ -234,17 +234,12 @@ def records(measured: Measured) -> str:
 
 def counterfact(measured: Measured) -> str:
     """Table 2 of all editors."""
-    return _of_paper(table_2(measured.paper.counterfact))
+    return table_2(measured.paper.counterfact).markdown()
 
 
 def zsre(measured: Measured) -> str:
     """Table 1 of all editors."""
-    return _of_paper(table_1(measured.paper.zsre))
-
-
-def _of_paper(found: PaperTable) -> str:
-    """A table as the paper prints it, below the command that made it."""
-    return f"`factlens paper`:\n\n{found.markdown()}"
+    return table_1(measured.paper.zsre).markdown()
 
 
 def claims_of_edits(measured: Measured) -> str:
@@ -346,7 +341,7 @@ def seeds(measured: Measured) -> str:
     ]
     shown = atlas_results.shown(atlas_results.table(found)).drop(columns="variant")
     return (
-        f"{len(found)} trainings that differ in the seed alone, by the smaller measures with which trainings were compared (240 facts; 24 records "
+        f"Trainings that differ in the seed alone, by the smaller measures with which trainings were compared (240 facts; 24 records "
         "at the best of eight layers and a clamp of 3; docs/atlas.md explains the columns). Seed 0 ships: it was the first that was trained, "
         f"and was not picked among them.\n\n{as_markdown(shown)}"
     )
@@ -362,7 +357,11 @@ def _score(row: pd.Series, name: str) -> str:
 
 def _differences(found: pd.DataFrame) -> pd.Series:
     """With their intervals; nothing where there were no facts to compare."""
-    shown = [f"{r.difference:+.3f} ({r.low:+.3f} to {r.high:+.3f})" for r in found.itertuples()]
+    shown = [
+        f"{r.difference:+.3f}"
+        + (f" ({r.low:+.3f} to {r.high:+.3f})" if r.low == r.low else "")  # One alone has none.
+        for r in found.itertuples()
+    ]
     return pd.Series(shown, index=found.index).where(found["difference"].notna(), "")
 
 
