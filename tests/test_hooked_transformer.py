@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -120,14 +121,11 @@ def test_it_is_traced_by_one_pass_with_prefix_reuse(build, family):
 
 
 def test_bfloat16_is_traced_within_its_rounding(build):
-    model = build("gpt2").to(torch.bfloat16)
-    try:
-        problem = problem_of(model, severed=("none",))
-        fast, slow = run_one_pass(model, problem), run_plain(model, problem)
-        assert models.dtype_of(model) == torch.bfloat16
-        assert (fast.restored[..., 0] - slow.restored[..., 0]).abs().max() < 0.05
-    finally:
-        model.to(torch.float32)
+    model = deepcopy(build("gpt2")).to(torch.bfloat16)
+    problem = problem_of(model, severed=("none",))
+    fast, slow = run_one_pass(model, problem), run_plain(model, problem)
+    assert models.dtype_of(model) == torch.bfloat16
+    assert (fast.restored[..., 0] - slow.restored[..., 0]).abs().max() < 0.05
 
 
 def test_token_ids_are_hugging_faces_although_the_model_prepends_a_bos(build):
@@ -195,12 +193,9 @@ def test_gradients_of_processed_and_narrow_weights(build):
     fact, noise = Fact(PROMPT, SUBJECT), {"samples": 2, "noise_level": 0.05}
     found = integrated_gradients(build("gpt2", processed=True), fact, steps=24, **noise)
     assert shortfall(found).abs().max() < 1e-3
-    narrow = build("gpt2").to(torch.bfloat16)
-    try:
-        for method in (integrated_gradients, attribution_patching):
-            assert method(narrow, fact, **noise)["attribution"].notna().all()
-    finally:
-        narrow.to(torch.float32)
+    narrow = deepcopy(build("gpt2")).to(torch.bfloat16)
+    for method in (integrated_gradients, attribution_patching):
+        assert method(narrow, fact, **noise)["attribution"].notna().all()
 
 
 # -- editing ---------------------------------------------------------------------------------------
