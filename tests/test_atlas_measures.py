@@ -73,6 +73,7 @@ def test_everything_is_measured_of_a_checkpoint(monkeypatch):
     assert found["rome"][7]["ES"] == 0.0
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_averaged_effects(found):
     main, cut, numbers = found
     aie = average_effects(main)

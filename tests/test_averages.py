@@ -134,6 +134,7 @@ def test_killed_ten_times_it_ends_with_the_same_rows_and_untouched_parts(atlas, 
     assert_same_rows(resumed, whole)
 
 
+@pytest.mark.slow
 def test_a_part_damaged_on_the_disk_is_done_again(atlas, whole, tmp_path):
     out = tmp_path / "run"
     average_runs.run(InProcess(atlas), out)

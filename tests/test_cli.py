@@ -50,6 +50,7 @@ def test_trace_without_arguments_shows_a_bundled_fact(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_trace_takes_every_choice(run, tmp_path):
     run(
         "trace", PROMPT, "-s", SUBJECT, "-k", "mlp", "-w", 1, "-w", 3, "--severed", "none", "--severed",

@@ -207,6 +207,7 @@ def test_other_runtime_errors_are_not_taken_for_memory(family_model, monkeypatch
         run_one_pass(model, problem_of(model))
 
 
+@pytest.mark.slow
 def test_the_lean_plain_engine_changes_no_number(family_model):
     model = family_model("gptj")
     problem = problem_of(model, windows=(3,), severed=("none", "both"))

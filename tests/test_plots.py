@@ -597,6 +597,7 @@ def test_a_png_is_drawn_at_its_scale(aie, tmp_path):
 
 
 @needs_browser
+@pytest.mark.slow
 def test_vector_images_have_their_own_form(aie, tmp_path):
     pytest.importorskip("kaleido")
     svg = plots.save(plots.heatmap(aie, kinds="mlp"), tmp_path / "figure.SVG")

@@ -27,6 +27,7 @@ def records(atlas):
     return counterfact(atlas, part="tune", first=3)
 
 
+@pytest.mark.slow
 def test_each_row_is_the_evaluation_with_its_settings(atlas, records):
     chosen, told = records.tune[:3], []
     swept = sweep(
