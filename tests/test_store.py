@@ -106,3 +106,13 @@ def test_what_cannot_be_opened_is_not_taken_for_damaged(tmp_path):
     store.part(0).mkdir()
     with pytest.raises(RunError, match="cannot read"):
         store.read(0)
+
+
+def test_of_many_differences_the_first_are_named(tmp_path):
+    many = {f"layer {number}": number for number in range(9)}
+    store = open_store(tmp_path, many, {})
+    store.part(0).write_bytes(b"something")
+    other = {name: number + 1 for name, number in many.items()}
+    with pytest.raises(RunError, match=r"layer 2 was 2, now 3; and 6 more\. Use another") as caught:
+        open_store(tmp_path, other, {})
+    assert "layer 3" not in str(caught.value)

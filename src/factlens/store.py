@@ -25,6 +25,8 @@ from factlens.row_files import Rows
 from factlens.traces import Trace
 
 FORMAT = "factlens-run/1"
+TOLD = 3
+"""Differences between two configurations that a refusal names."""
 _RUN, _PARTS, _LOCK = "run.yaml", "parts", ".lock"
 
 Part = TypeVar("Part", Trace, Rows)
@@ -105,8 +107,10 @@ def open_store(folder: str | Path, config: Mapping[str, Any], about: Mapping[str
             _write(folder, {**found, "config": wanted, "about": _plain(about)})
             return Store(folder)
         if differences := _differences(found["config"], wanted):
+            said = "; ".join(differences[:TOLD])
+            more = len(differences) - TOLD
             raise RunError(
-                f"{folder} was begun with another configuration: {'; '.join(differences)}. Use another "
+                f"{folder} was begun with another configuration: {said}{f'; and {more} more' if more > 0 else ''}. Use another "
                 "folder (--out), or the settings it was begun with"
             )
         return Store(folder)
