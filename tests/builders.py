@@ -79,6 +79,10 @@ def save_tokenizer(folder: Path, *, bos: bool = False) -> int:
     return len(vocabulary)
 
 
+class Killed(BaseException):
+    """As KeyboardInterrupt, which pytest would take for its own."""
+
+
 def save_model(folder: Path, family: str, *, seed: int = 0, **changes: object) -> Path:
     """A random model of `family` in Hugging Face format, with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)

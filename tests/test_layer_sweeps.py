@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from builders import save_model
+from builders import Killed, save_model
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -220,10 +220,6 @@ def test_settings_that_are_lists_can_be_swept(model):
         (2, 0),
         (2, 1),
     ]
-
-
-class Killed(BaseException):
-    """As KeyboardInterrupt, which pytest would take for its own."""
 
 
 def test_a_sweep_that_was_stopped_goes_on_and_is_the_same(model, swept, tmp_path):

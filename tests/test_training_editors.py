@@ -11,7 +11,7 @@ from random import Random
 import pandas as pd
 import pytest
 import torch
-from builders import save_model
+from builders import Killed, save_model
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -80,10 +80,6 @@ def same(one, other) -> bool:
 
 
 # -- the loop --------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """As KeyboardInterrupt, which pytest would take for its own."""
 
 
 @pytest.mark.parametrize("method", METHODS)

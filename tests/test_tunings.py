@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import tuning_rows
 import yaml
+from builders import Killed
 from hypothesis import given
 from hypothesis import strategies as st
 from test_hypernetworks import trained_of
@@ -209,10 +210,6 @@ def test_records_to_choose_by_are_of_no_subject_that_is_tested_or_trained_on():
 
 
 # -- the run ---------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """As KeyboardInterrupt, which pytest would take for its own."""
 
 
 @pytest.fixture(scope="module")

@@ -341,9 +341,9 @@ def seeds(measured: Measured) -> str:
     ]
     shown = atlas_results.shown(atlas_results.table(found)).drop(columns="variant")
     return (
-        f"Trainings that differ in the seed alone, by the smaller measures with which trainings were compared (240 facts; 24 records "
+        f"Trainings that differ in the seed alone, {len(found)} so far, by the smaller measures with which trainings were compared (240 facts; 24 records "
         "at the best of eight layers and a clamp of 3; docs/atlas.md explains the columns). Seed 0 ships: it was the first that was trained, "
-        f"and was not picked among them.\n\n{as_markdown(shown)}"
+        f"and was not picked among others.\n\n{as_markdown(shown)}"
     )
 
 
