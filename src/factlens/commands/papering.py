@@ -103,6 +103,8 @@ def paper(
         names, asked_names = (editor, editor) if editor else _trained(model)
         files = {"facts file": facts, "records file": records, "zsre file": zsre}
         paths = {name: str(path) for name, path in files.items() if path is not None}
+        if missing := [name for name, path in paths.items() if not Path(path).is_file()]:
+            raise usage(f"the {missing[0]} {paths[missing[0]]} is not there")
         plan = {"model": model, "editors": [*names], "zsre editors": [*asked_names]}
         keep_plan(out / "plan.json", {**plan, **numbers, **paths})
         of = ["--model", model]
