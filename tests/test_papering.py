@@ -206,12 +206,22 @@ def test_it_goes_on_and_does_not_mix_two_plans(ran, tmp_path):
 
 
 def test_a_file_of_questions_takes_the_place_of_the_bundled_ones(ran, tmp_path):
-    done = invoke("--quick", "--zsre", "zsre.json", "--out", tmp_path / "paper")
-    (asked,) = [words for words in ran if "--benchmark" in words]
-    assert values(asked, "--records") == ["zsre.json"]
-    plan = json.loads((tmp_path / "paper/plan.json").read_text("utf-8"))
-    assert plan["zsre file"] == "zsre.json"
+    mine = tmp_path / "zsre.json"
+    mine.write_text("[]", "utf-8")
+    done = invoke("--quick", "--zsre", mine, "--out", tmp_path / "paper")
     assert done.exit_code == 0, done.output
+    (asked,) = [words for words in ran if "--benchmark" in words]
+    assert values(asked, "--records") == [str(mine)]
+    plan = json.loads((tmp_path / "paper/plan.json").read_text("utf-8"))
+    assert plan["zsre file"] == str(mine)
+
+
+@pytest.mark.parametrize("option", ["--facts", "--records", "--zsre"])
+def test_a_missing_file_is_refused_before_anything_is_measured(ran, tmp_path, option):
+    done = invoke("--quick", option, tmp_path / "missing.json", "--out", tmp_path / "paper")
+    assert done.exit_code == 2
+    assert f"the {option[2:]} file {tmp_path / 'missing.json'} is not there" in done.stderr
+    assert not ran and not (tmp_path / "paper").exists()
 
 
 def test_editors_that_are_not_trained_for_the_model_are_left_out_and_named(
