@@ -8,6 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from shapes import check_shapes
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # The same numbers everywhere.
@@ -16,6 +17,7 @@ torch.set_num_threads(1)  # Small models: a second thread costs more than it bri
 
 hypothesis.settings.register_profile("factlens", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("factlens")
+check_shapes()
 
 HERE = Path(__file__).parent
 ORACLE = HERE / "oracle"
