@@ -454,7 +454,7 @@ def test_texts_are_gathered_and_a_ridge_is_said(run, tmp_path):
 
 def test_a_dry_run_gathers_nothing(run, tmp_path):
     result = run("--dry-run", "--out", tmp_path / "o")
-    for word in ("51200", "tokens per second", "GB", "atlas-corpus"):
+    for word in ("10240", "tokens per second", "GB", "atlas-corpus"):
         assert word in result.output
     assert not (tmp_path / "o").exists()
 

@@ -221,7 +221,8 @@ def test_a_missing_file_is_refused_before_anything_is_measured(ran, tmp_path, op
     done = invoke("--quick", option, tmp_path / "missing.json", "--out", tmp_path / "paper")
     assert done.exit_code == 2
     assert f"the {option[2:]} file {tmp_path / 'missing.json'} is not there" in done.stderr
-    assert not ran and not (tmp_path / "paper").exists()
+    assert not ran
+    assert not (tmp_path / "paper").exists()
 
 
 def test_editors_that_are_not_trained_for_the_model_are_left_out_and_named(

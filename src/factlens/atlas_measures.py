@@ -33,7 +33,7 @@ from factlens.effects import average_total_effects
 from factlens.facts import Fact
 from factlens.intervals import mean_interval
 from factlens.key_passes import d_mlp
-from factlens.key_statistics import gather
+from factlens.key_statistics import BUNDLED_KEYS, gather
 from factlens.knowledge import ask
 from factlens.models import Model, load_model, n_layers
 from factlens.patches import EMBEDDING
@@ -74,8 +74,6 @@ KINDS_OF_TABLES = {
     }.items()
     for table in tables
 }
-KEYS = 20
-"""Tokens of statistics for each neuron."""
 
 
 def asked_facts(of: World, n: int) -> list[Fact]:
@@ -214,7 +212,7 @@ def edits_by_layer(
 ) -> pd.DataFrame:
     """ROME on records that are for choosing, at every layer: the columns of `sweeps.sweep`."""
     chosen = list(layers if layers is not None else range(n_layers(model)))
-    tokens = KEYS * d_mlp(model, chosen[0])
+    tokens = BUNDLED_KEYS * d_mlp(model, chosen[0])
     gather(model, chosen, corpora.of_recipe(recipe), tokens=tokens)
     records = list(counterfact(model, part="tune", first=n, of=recipe.world))
     return sweep(

@@ -1,7 +1,7 @@
 """Where moments lie between runs: one file for each layer, named by what it was gathered over.
 
     moments/<fingerprint>/
-      layer-05.atlas-corpus.51200-tokens.safetensors
+      layer-05.atlas-corpus.10240-tokens.safetensors
       layer-05.wikimedia-wikipedia-20231101.en.b04c8d1ceb2f.100000-documents.shard-2-of-8.safetensors
       <name>.layers-<digest>.partial     a pass that was stopped, or is at work
       <name>.lock
