@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Modules are compiled by whatever imports them first: pip would take a minute to compile what nobody imports.
+PIP_INSTALL = pip install --quiet --disable-pip-version-check --no-compile
+INSTALL = $(BIN)/$(PIP_INSTALL) -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 
 # make trace MODEL=gpt2-xl PROMPT="..." SUBJECT="..."
 # make edit MODEL=gpt2-xl PROMPT="..." SUBJECT="..." TARGET="..."
@@ -108,8 +111,8 @@ test-hooked-transformer:  ## Engines and edits under TransformerLens 3.9, in an 
 	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	  $(BIN)/python -c "$$packages" > "$$(.venv-3.9/bin/python -c "$$packages")/packages-of-venv.pth"
 	@grep -v '^transformer-lens==' constraints.txt > .venv-3.9/constraints.txt
-	@.venv-3.9/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
-	@.venv-3.9/bin/pip install --quiet --disable-pip-version-check -c .venv-3.9/constraints.txt 'transformer-lens==3.9.0'
+	@.venv-3.9/bin/$(PIP_INSTALL) --no-deps -e .
+	@.venv-3.9/bin/$(PIP_INSTALL) -c .venv-3.9/constraints.txt 'transformer-lens==3.9.0'
 	@touch $@
 
 check: $(VENV)/installed-dev  ## Formatting, linting, types
