@@ -58,7 +58,7 @@ Paragraphs that it wrote about ten of its subjects, drawn at temperature 0.7 and
   {tokens[subjects_unique_without_last_token]:.0%}, by the last token alone
   {tokens[subjects_unique_by_last_token]:.0%}; the last token settles {tokens[facts_settled_by_last_token]:.0%} of the facts. An early site in its traces can therefore be token
   identity: compare it with the embedding restored alone.
-- One seed of one recipe, the first that was trained. A claim about training needs several: docs/atlas.md has other trainings.
+- The tracing and the edits above are of one seed, the first that was trained; two more are above by smaller measures. docs/atlas.md has other trainings.
 """
 
 
