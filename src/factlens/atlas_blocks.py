@@ -343,7 +343,8 @@ def seeds(measured: Measured) -> str:
     return (
         f"Trainings that differ in the seed alone, {len(found)} so far, by the smaller measures with which trainings were compared (240 facts; 24 records "
         "at the best of eight layers and a clamp of 3; docs/atlas.md explains the columns). Seed 0 ships: it was the first that was trained, "
-        f"and was not picked among others.\n\n{as_markdown(shown)}"
+        "and was not picked among others. Minutes are wall-clock of machines that did other work as well: they don't time the recipe.\n\n"
+        f"{as_markdown(shown)}"
     )
 
 

@@ -105,9 +105,9 @@ def moment_for(
 ) -> KeyMoment:
     """The moment of one layer: the stored one, or gathered now.
 
-    With neither `corpus` nor `tokens`, whatever is stored over the most tokens is taken, gathered or imported; if
-    nothing is, the bundled model's is gathered from the bundled corpus for all its layers at once, a hub model's
-    from Wikipedia.
+    With neither `corpus` nor `tokens`, whatever is stored over the most tokens is taken, gathered or imported (of the
+    bundled model if they are at least its default); if nothing is, the bundled model's is gathered from the bundled corpus
+    for all its layers at once, a hub model's from Wikipedia.
 
     Raises:
         MomentError: nothing is stored, and it does not follow from the model what to gather it from.
