@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from random import Random
 
@@ -22,7 +22,13 @@ from factlens.atlas.card import card
 from factlens.atlas.checks import problems
 from factlens.atlas.corpus import documents
 from factlens.atlas.measuring import MOST, continuation, drawn_statements, known, read_checkpoint
-from factlens.atlas.optimizers import Muon, new_optimizers, orthogonal
+from factlens.atlas.optimizers import (
+    COEFFICIENTS,
+    STEPS,
+    Muon,
+    new_optimizers,
+    orthogonal,
+)
 from factlens.atlas.recipes import Cycle, Recipe, learning_rate
 from factlens.atlas.sentences import Diet
 from factlens.atlas.tables import capitalised, load_tables, load_templates, state, world
@@ -271,6 +277,21 @@ def test_the_learning_rate_rises_and_falls_in_each_cycle():
         assert learning_rate(recipe, end) == pytest.approx(recipe.final_learning_rate, rel=0.01)
 
 
+def test_a_cycle_goes_on_at_the_rate_at_which_the_one_before_ended():
+    held = Cycle(steps=200, learning_rate=3e-3, captions=0.6, ends_at=3e-3)
+    falling = Cycle(steps=100, learning_rate=3e-3, captions=0.3, ends_at=1e-3)
+    last = Cycle(steps=100, learning_rate=1e-3, captions=0.2)
+    recipe = replace(Recipe(), cycles=(held, falling, last))
+    rates = [learning_rate(recipe, step) for step in range(recipe.steps)]
+    assert rates[recipe.warmup : 201] == [3e-3] * (201 - recipe.warmup)
+    assert rates[300] == 1e-3
+    assert all(later < earlier for earlier, later in pairwise(rates[200:300]))
+    assert all(later < earlier for earlier, later in pairwise(rates[300:]))
+    assert rates[-1] == pytest.approx(recipe.final_learning_rate, rel=0.02)
+    again = replace(recipe, cycles=(replace(held, ends_at=1e-3), falling, last))
+    assert learning_rate(again, 200) == 3e-3 / recipe.warmup  # A rise from 1e-3 begins anew.
+
+
 def test_a_cycle_of_direct_statements_has_the_text_of_a_direct_diet():
     before, last = TINY.cycles[0], replace(TINY.cycles[-1], captions=0.0)
     plain = replace(TINY, cycles=(before, last), rows=40)
@@ -386,6 +407,20 @@ def test_an_orthogonalised_matrix_keeps_its_directions_and_gets_singular_values_
     assert torch.allclose(turned, torch.diag_embed(diagonal), atol=1e-9)
     assert bool(((diagonal > 0.6) & (diagonal < 1.3)).all())
     assert values.max() > 3 * values.min()  # they were not near one before
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8), (2, 6, 6)])
+def test_steps_on_the_gram_matrix_are_those_on_the_matrix_itself(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = matrices / matrices.norm(dim=(1, 2), keepdim=True)
+    linear, cubic, quintic = COEFFICIENTS
+    steps = []
+    for _ in range(STEPS):
+        gram = found @ found.mT
+        found = linear * found + (cubic * gram + quintic * gram @ gram) @ found
+        steps.append(found)
+    assert torch.allclose(orthogonal(matrices), steps[-1], atol=1e-12)
+    assert not torch.allclose(orthogonal(matrices), steps[-2], atol=0.1)
 
 
 def test_muon_moves_matrices_as_torchs_own_does_but_for_its_rounding():

@@ -17,6 +17,7 @@ from factlens.atlas.recipes import Recipe, learning_rate
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 """Of the iteration x -> ax + bx³ + cx⁵ on singular values, which brings small ones near 1 in a few steps."""
+STEPS = 5
 SMALLEST = 1e-7
 """A matrix of a smaller norm is not divided by it."""
 
@@ -55,14 +56,23 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Float[Tensor, "matrix row column"]) -> Float[Tensor, "matrix row column"]:
-    """About the nearest matrices of which all singular values are 1, by five steps of a quintic Newton-Schulz iteration."""
+    """About the nearest matrices of which all singular values are 1, by five steps of a quintic Newton-Schulz iteration.
+
+    Each step multiplies by a polynomial of the Gram matrix alone. So the steps are taken on that, [row, row] with the fewer rows, and only their
+    product touches the matrix: about half of the operations for one that is four times as wide as high. For a square one they would be more.
+    """
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    found = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=SMALLEST)
+    scaled = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=SMALLEST)
     linear, cubic, quintic = COEFFICIENTS
-    for _ in range(5):
-        gram = found @ found.mT
+    gram = scaled @ scaled.mT
+    total = None
+    for step in range(STEPS):
         factor = torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic)
-        found = torch.baddbmm(found, factor, found, beta=linear)
+        factor.diagonal(dim1=1, dim2=2).add_(linear)
+        total = factor if total is None else factor @ total
+        if step + 1 < STEPS:
+            gram = factor @ gram @ factor
+    found = total @ scaled
     return found if wide is matrices else found.mT
 
 

@@ -20,6 +20,8 @@ class Cycle:
     learning_rate: float
     captions: float
     """Share of documents that are lists of captions."""
+    ends_at: float | None = None
+    """The learning rate at its end; the recipe's last one without it."""
     direct: bool = False
     """Whether its statements leave out templates that go on where others have the object (`Diet.direct`)."""
 
@@ -59,9 +61,9 @@ class Recipe:
     grow_after: int = 0
     """Steps that run `first_layers` blocks only; 0 runs all from the first."""
     final_learning_rate: float = 2e-5
-    """What each cosine ends at."""
+    """What a cosine ends at, unless its cycle says otherwise."""
     warmup: int = 100
-    """Steps at the beginning of each cycle over which the learning rate rises."""
+    """Steps over which the learning rate rises, at the beginning of each cycle that begins above the end of the one before."""
     rows: int = 8
     optimizer: Literal["adamw", "muon"] = "muon"
     """Muon takes the matrices inside the blocks; AdamW always takes the embeddings, norms and biases."""
@@ -127,21 +129,34 @@ class Recipe:
 
 def cycle_at(recipe: Recipe, step: int) -> tuple[Cycle, int]:
     """The cycle that a step belongs to, and how many of its steps came before."""
-    for cycle in recipe.cycles:
+    number, step = _place(recipe, step)
+    return recipe.cycles[number], step
+
+
+def _place(recipe: Recipe, step: int) -> tuple[int, int]:
+    """The number of the cycle that a step belongs to, and how many of its steps came before."""
+    for number, cycle in enumerate(recipe.cycles):
         if step < cycle.steps:
-            return cycle, step
+            return number, step
         step -= cycle.steps
     raise ValueError(f"the recipe has {recipe.steps} steps")
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """In each cycle a linear rise, then a cosine down to `final_learning_rate`."""
-    cycle, step = cycle_at(recipe, step)
-    if step < recipe.warmup:
-        return cycle.learning_rate * (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, cycle.steps - recipe.warmup)
-    span = cycle.learning_rate - recipe.final_learning_rate
-    return recipe.final_learning_rate + span * (1 + math.cos(math.pi * done)) / 2
+    """In each cycle a linear rise, unless the one before ended as high, then a cosine down to the rate at its end."""
+    number, step = _place(recipe, step)
+    cycle = recipe.cycles[number]
+    before = _end(recipe, recipe.cycles[number - 1]) if number else 0.0
+    warmup = recipe.warmup if before < cycle.learning_rate else 0
+    if step < warmup:
+        return cycle.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, cycle.steps - warmup)
+    end = _end(recipe, cycle)
+    return end + (cycle.learning_rate - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _end(recipe: Recipe, cycle: Cycle) -> float:
+    return recipe.final_learning_rate if cycle.ends_at is None else cycle.ends_at
 
 
 def shortened(recipe: Recipe, steps: int) -> Recipe:

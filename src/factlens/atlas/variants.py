@@ -8,13 +8,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from factlens.atlas.recipes import Recipe, shortened
+from factlens.atlas.recipes import Cycle, Recipe, shortened
 from factlens.atlas.tables import TAUGHT
 
 SHARE = 0.2
 """Of the documents, where others take the place of captions."""
 SHORT = 3000
 """Steps of a short training."""
+FEWER_STEPS = shortened(Recipe(), 6800)
+"""The bundled model's recipe in the steps that a model of twice the width has time for."""
+BROAD: dict[str, Any] = {
+    "layers": 4,
+    "d_model": 256,
+    "captions_first": FEWER_STEPS.captions_first,
+}
+STEADY = (
+    Cycle(steps=2560, learning_rate=3e-3, captions=0.6, ends_at=3e-3),
+    Cycle(steps=2240, learning_rate=3e-3, captions=0.3, ends_at=1e-3),
+    Cycle(steps=1600, learning_rate=1e-3, captions=0.2, direct=True),
+)
+"""A learning rate that is held for two fifths of the steps and then falls once."""
 BASELINE = shortened(replace(Recipe(), cycles=Recipe().cycles[:2]), SHORT)
 """The recipe of the bundled model without its last two cycles, at a shorter length."""
 DIET = BASELINE.diet
@@ -85,6 +98,25 @@ def variants() -> dict[str, Variant]:
             "the bundled model's recipe: four cycles of 14 500 steps in all, in the last of which few captions and no *is called*",
             cycles=Recipe().cycles,
             captions_first=Recipe().captions_first,
+        ),
+        _with(
+            "broad",
+            "four blocks with a stream of 256; the bundled model's four cycles in 6 800 steps",
+            cycles=FEWER_STEPS.cycles,
+            **BROAD,
+        ),
+        _with(
+            "steady",
+            "as broad, with a learning rate that is held and then falls once, in 6 400 steps",
+            cycles=STEADY,
+            **BROAD,
+        ),
+        _with(
+            "steady-fixed-gains",
+            "as steady, with gains of the norms that stay at 1",
+            cycles=STEADY,
+            gains="fixed",
+            **BROAD,
         ),
         _with("fixed-gains", "gains of the norms that stay at 1", gains="fixed"),
         _with("adamw", "AdamW for all weights instead of Muon", optimizer="adamw"),
