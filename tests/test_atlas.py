@@ -292,6 +292,17 @@ def test_a_cycle_goes_on_at_the_rate_at_which_the_one_before_ended():
     assert learning_rate(again, 200) == 3e-3 / recipe.warmup  # A rise from 1e-3 begins anew.
 
 
+def test_the_card_says_how_each_cycle_ends():
+    report = json.loads((CHECKPOINT / "report.json").read_text(encoding="utf-8"))
+    first, *others = report["recipe"]["cycles"]
+    held = {**first, "ends_at": first["learning_rate"]}
+    report["recipe"]["cycles"] = [held, {**first, "ends_at": 0.001}, *others]
+    cycles = [line for line in card(report).splitlines() if line.startswith("- Cycle")]
+    assert cycles[0].endswith("learning rate 0.003 held.")
+    assert cycles[1].endswith("learning rate 0.003 falling along a cosine to 0.001.")
+    assert cycles[2].endswith("falling along a cosine.")
+
+
 def test_a_cycle_of_direct_statements_has_the_text_of_a_direct_diet():
     before, last = TINY.cycles[0], replace(TINY.cycles[-1], captions=0.0)
     plain = replace(TINY, cycles=(before, last), rows=40)

@@ -78,7 +78,7 @@ def card(report: Mapping[str, Any]) -> str:
         release=released(report.get("release", {})),
         cycles="\n".join(
             f"- Cycle {number}: {cycle['steps']:,} steps, {cycle['captions']:.0%} captions, learning "
-            f"rate {cycle['learning_rate']} falling along a cosine"
+            f"rate {cycle['learning_rate']} {_course(cycle)}"
             f"{DIRECT if cycle['direct'] else '.'}"
             for number, cycle in enumerate(report["recipe"]["cycles"], start=1)
         ),
@@ -94,6 +94,14 @@ def card(report: Mapping[str, Any]) -> str:
             f"- {prompt} **{first_sentence(text)}**" for prompt, text in report["examples"].items()
         ),
     )
+
+
+def _course(cycle: Mapping[str, Any]) -> str:
+    """What becomes of a cycle's learning rate; reports of older recipes have no `ends_at`."""
+    end = cycle.get("ends_at")
+    if end == cycle["learning_rate"]:
+        return "held"
+    return "falling along a cosine" + ("" if end is None else f" to {end}")
 
 
 def released(blocks: Mapping[str, str]) -> str:

@@ -1,5 +1,5 @@
 """The trainings that were compared: a baseline, and recipes that differ from it in one thing each (`_instead`: other documents in the
-place of a fifth of the captions).
+place of a fifth of the captions), but for `longer`, `broad` and what is made of them.
 
 `python -m factlens.atlas_search` runs them; docs/atlas.md shows what came of it, and of an earlier search on a world of more subjects with fewer facts.
 """
@@ -22,6 +22,7 @@ BROAD: dict[str, Any] = {
     "d_model": 256,
     "captions_first": FEWER_STEPS.captions_first,
 }
+"""Half as deep and twice as wide as the baseline."""
 STEADY = (
     Cycle(steps=2560, learning_rate=3e-3, captions=0.6, ends_at=3e-3),
     Cycle(steps=2240, learning_rate=3e-3, captions=0.3, ends_at=1e-3),
